@@ -1,0 +1,1 @@
+"""Raw text to token shards, through datatrove; never imports torch."""

@@ -1,0 +1,1 @@
+"""Processes, settings files, clusters and plans; never tensors."""

@@ -1,0 +1,161 @@
+"""The one description of an Ice model: every field of ``model.*`` in a run's JSON.
+
+``IceConfig`` is data only (frozen pydantic, unknown keys refused). Field names are the specification's. A value that
+contradicts another raises a ``ValueError`` (pydantic wraps it) that reads ``key = value: problem``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+# ``torch._grouped_mm`` wants every row to start on a 16-byte boundary: 8 elements in bf16 and fp16.
+GROUPED_GEMM_MULTIPLE = 8
+
+
+class IceConfig(BaseModel):
+    """Shape and switches of a looped Mixture-of-Experts language model. See docs/architecture.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Size
+    vocab_size: PositiveInt = Field(32000, description="number of token ids")
+    dim: PositiveInt = Field(2048, description="width D of the residual stream")
+    max_seq_len: PositiveInt = Field(4096, description="longest sequence, prompt and answer together, in tokens")
+    max_output_tokens: PositiveInt = Field(4096, description="most tokens one generate() call may add")
+
+    # Depth
+    prelude_layers: int = Field(2, ge=0, description="dense blocks run once before the loop")
+    recurrent_layers: PositiveInt = Field(1, description="distinct blocks inside the loop")
+    coda_layers: int = Field(2, ge=0, description="dense blocks run once after the loop")
+    max_loop_iters: PositiveInt = Field(16, description="loops T when a call names none; also scales initialisation")
+    initial_state: Literal["input", "random", "learned"] = Field(
+        "input",
+        description="h_0: the encoded input e; noise while training and zero otherwise; or a learned vector",
+    )
+
+    # Attention
+    attn_type: Literal["gqa", "mla"] = "gqa"
+    n_heads: PositiveInt = 16
+    n_kv_heads: PositiveInt = Field(4, description="key/value heads of gqa; unused by mla")
+    qk_norm: bool = Field(False, description="RMS-normalise each query and key head (gqa)")
+    rope_theta: PositiveFloat = 10000.0
+    q_lora_rank: PositiveInt | None = Field(None, description="rank of mla's query bottleneck; null: full rank")
+    kv_lora_rank: PositiveInt = Field(512, description="rank of mla's cached latent")
+    qk_rope_head_dim: PositiveInt = Field(64, description="rotated part of an mla query/key head")
+    qk_nope_head_dim: PositiveInt = Field(128, description="unrotated part of an mla query/key head")
+    v_head_dim: PositiveInt = Field(128, description="width of an mla value head")
+
+    # Feed-forward
+    ffn_dim: PositiveInt = Field(5632, description="hidden width of the dense SwiGLU (prelude, coda, dense core)")
+    n_experts: int = Field(64, ge=0, description="routed experts E of a core block; 0: a dense SwiGLU core")
+    n_shared_experts: int = Field(1, ge=0, description="experts that see every token")
+    n_experts_per_tok: PositiveInt = Field(4, description="routed experts K a token is sent to")
+    expert_dim: PositiveInt = Field(1408, description="hidden width F of one expert")
+    moe_n_groups: PositiveInt = Field(1, description="expert groups of group-limited routing; 1: plain top-k")
+    moe_topk_groups: PositiveInt = Field(1, description="groups a token may choose its experts from")
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    route_norm: bool = Field(True, description="divide the K gates by their sum")
+    route_scale: PositiveFloat = Field(1.0, description="factor on the gates after normalisation")
+
+    # Halting
+    act: bool = Field(False, description="adaptive computation time: mix the loops' states by halting weights")
+    act_threshold: float = Field(0.99, gt=0.0, le=1.0, description="cumulative halting probability that ends a token")
+
+    # Output
+    tie_embeddings: bool = Field(False, description="the head uses the embedding matrix")
+    norm_eps: PositiveFloat = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one gqa head."""
+        return self.dim // self.n_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query/key head: ``head_dim`` for gqa, unrotated plus rotated part for mla."""
+        return self.head_dim if self.attn_type == "gqa" else self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """How many channels of a query/key head are rotated."""
+        return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def effective_depth(self) -> int:
+        """Blocks a token passes through at the default depth; what initialisation is scaled by."""
+        return self.prelude_layers + self.max_loop_iters * self.recurrent_layers + self.coda_layers
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> IceConfig:
+        if self.dim % GROUPED_GEMM_MULTIPLE:
+            raise ValueError(f"dim = {self.dim}: must be a multiple of {GROUPED_GEMM_MULTIPLE}")
+        if self.attn_type == "gqa":
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim = {self.dim}: must be a multiple of n_heads = {self.n_heads}")
+            if self.n_heads % self.n_kv_heads:
+                raise ValueError(f"n_heads = {self.n_heads}: must be a multiple of n_kv_heads = {self.n_kv_heads}")
+        elif self.qk_norm:
+            raise ValueError("qk_norm = true: only attn_type = gqa has it; mla normalises its latents")
+        if self.rope_dim % 2:
+            name = "head_dim (dim / n_heads)" if self.attn_type == "gqa" else "qk_rope_head_dim"
+            raise ValueError(f"{name} = {self.rope_dim}: must be even, RoPE rotates pairs")
+        if self.max_output_tokens > self.max_seq_len:
+            raise ValueError(
+                f"max_output_tokens = {self.max_output_tokens}: must be at most max_seq_len = {self.max_seq_len}"
+            )
+        if self.n_experts:
+            self._experts_agree()
+        return self
+
+    def _experts_agree(self) -> None:
+        if self.expert_dim % GROUPED_GEMM_MULTIPLE:
+            raise ValueError(f"expert_dim = {self.expert_dim}: must be a multiple of {GROUPED_GEMM_MULTIPLE}")
+        if self.n_experts % self.moe_n_groups:
+            raise ValueError(f"n_experts = {self.n_experts}: must be a multiple of moe_n_groups = {self.moe_n_groups}")
+        if self.moe_topk_groups > self.moe_n_groups:
+            raise ValueError(
+                f"moe_topk_groups = {self.moe_topk_groups}: must be at most moe_n_groups = {self.moe_n_groups}"
+            )
+        group_size = self.n_experts // self.moe_n_groups
+        if self.moe_n_groups > 1 and group_size < 2:
+            raise ValueError(
+                f"moe_n_groups = {self.moe_n_groups}: leaves {group_size} expert in a group; "
+                "a group is scored by its 2 best"
+            )
+        reachable = self.moe_topk_groups * group_size
+        if self.n_experts_per_tok > reachable:
+            raise ValueError(
+                f"n_experts_per_tok = {self.n_experts_per_tok}: must be at most {reachable}, the experts of "
+                f"moe_topk_groups = {self.moe_topk_groups} of moe_n_groups = {self.moe_n_groups} groups"
+            )
+
+    def scaled_down(self) -> IceConfig:
+        """The same structure (every switch, kind and grouping) in a size for tests: width 64, at most 4 loops."""
+        grouped = self.moe_n_groups > 1
+        sizes: dict[str, Any] = {
+            "vocab_size": 256,
+            "dim": 64,
+            "max_seq_len": 64,
+            "max_output_tokens": 64,
+            "prelude_layers": min(self.prelude_layers, 1),
+            "recurrent_layers": min(self.recurrent_layers, 2),
+            "coda_layers": min(self.coda_layers, 1),
+            "max_loop_iters": min(self.max_loop_iters, 4),
+            "n_heads": 4,
+            "n_kv_heads": 4 if self.n_kv_heads == self.n_heads else min(self.n_kv_heads, 2),
+            "q_lora_rank": None if self.q_lora_rank is None else 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "ffn_dim": 128,
+            "n_experts": 8 if self.n_experts else 0,
+            "n_shared_experts": min(self.n_shared_experts, 1),
+            "n_experts_per_tok": min(self.n_experts_per_tok, 2),
+            "expert_dim": 32,
+            "moe_n_groups": 4 if grouped else 1,
+            "moe_topk_groups": 2 if grouped else 1,
+        }
+        return IceConfig.model_validate(self.model_dump() | sizes)

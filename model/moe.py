@@ -1,0 +1,197 @@
+r"""Mixture-of-Experts feed-forward: dropless token-choice routing with grouped matrix products.
+
+    s = sigmoid(W_r x)  (or softmax), fp32                  scores of E experts
+    chosen = top-K of (s + b), among the best groups        b: selection bias, moves the choice, never the gate
+    g_i = scale * s_i / (sum_chosen s + 1e-20)              gates
+    y = sum_chosen g_i FFN_i(x) + FFN_shared(x)
+
+Routing follows DeepSeek-V3 (2024, section 2.1.2; groups scored by the sum of their two best experts) and equals
+DeepSpeed's ``TokenChoiceTopKRouter``, because AutoEP replaces this whole module, in place, by its own layer with the
+same semantics; hence the children's names and shapes: ``router.weight`` (E, D), ``experts.gate_up_proj`` (E, 2F, D)
+with the gate's rows first, ``experts.down_proj`` (E, D, F), ``shared_experts``.
+
+Tokens are sorted by expert and each projection of all experts is ONE grouped product; every token is processed
+(nothing is dropped or padded to a capacity). Both moves are permutations, and their gradients are gathers: the same
+result every time, which recomputation needs.
+
+Shapes: N tokens (B * S), D width, E experts, K experts per token, F expert width, R rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import IceConfig
+from model.expert_load import ExpertLoad
+from model.init import matrix_std, output_std
+from model.swiglu import SwiGLU
+
+
+class Routes(NamedTuple):
+    """A router's decision."""
+
+    gates_NK: torch.Tensor  # fp32
+    experts_NK: torch.Tensor  # int64
+    tokens_per_expert_E: torch.Tensor  # int64
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token. All arithmetic in fp32, whatever the parameters' dtype."""
+
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: IceConfig, load_layer: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.expert_load: ExpertLoad | None = None
+        self.load_layer = load_layer
+        self.weight = nn.Parameter(torch.empty(config.n_experts, config.dim))
+        # Moved by the balancer between optimizer steps, never by a gradient; saved with the model.
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_experts, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=matrix_std(config.dim))
+
+    def forward(self, x_ND: torch.Tensor) -> Routes:
+        """Route (N, D)."""
+        config = self.config
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if config.score_func == "sigmoid" else logits_NE.softmax(dim=-1)
+        choice_NE = scores_NE.detach() + self.e_score_correction_bias.float()
+        if config.moe_n_groups > 1:
+            choice_NE = self._keep_best_groups(choice_NE)
+        experts_NK = choice_NE.topk(config.n_experts_per_tok, dim=-1, sorted=False).indices
+        gates_NK = scores_NE.gather(1, experts_NK)
+        if config.route_norm:
+            gates_NK = gates_NK / (gates_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        gates_NK = gates_NK * config.route_scale
+
+        chosen = experts_NK.reshape(-1)
+        tokens_per_expert_E = torch.zeros(config.n_experts, dtype=torch.int64, device=chosen.device)
+        tokens_per_expert_E.scatter_add_(0, chosen, torch.ones_like(chosen))
+        if self.training and self.expert_load is not None:
+            self.expert_load.add(self.load_layer, tokens_per_expert_E)
+        return Routes(gates_NK, experts_NK, tokens_per_expert_E)
+
+    def _keep_best_groups(self, choice_NE: torch.Tensor) -> torch.Tensor:
+        groups = choice_NE.unflatten(1, (self.config.moe_n_groups, -1))
+        group_scores = groups.topk(2, dim=-1).values.sum(dim=-1)
+        best = group_scores.topk(self.config.moe_topk_groups, dim=-1, sorted=False).indices
+        excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        kept: torch.Tensor = groups.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
+        return kept
+
+
+class DispatchPlan(NamedTuple):
+    """Where each (token, choice) goes when rows are sorted by expert."""
+
+    token_of_row_R: torch.Tensor  # which token fills a row; an unused row names token 0 and is never read
+    row_of_choice_NK: torch.Tensor  # which row holds a token's k-th choice
+    offsets_E: torch.Tensor  # int32, end of each expert's rows
+
+
+def plan_dispatch(routes: Routes, row_alignment: int = 1) -> DispatchPlan:
+    """Sort choices by expert, each expert's rows starting at a multiple of ``row_alignment``.
+
+    The number of rows depends on shapes only (no host synchronisation): ``N * K``, plus at most
+    ``row_alignment - 1`` for each expert when aligned.
+    """
+    n_choices, top_k = routes.experts_NK.numel(), routes.experts_NK.shape[1]
+    counts_E = routes.tokens_per_expert_E
+    order = routes.experts_NK.reshape(-1).argsort(stable=True)
+    rows = torch.arange(n_choices, device=order.device)
+    if row_alignment == 1:
+        offsets_E = counts_E.cumsum(0)
+        token_of_row_R = order // top_k
+    else:
+        padded_E = (counts_E + row_alignment - 1) // row_alignment * row_alignment
+        offsets_E = padded_E.cumsum(0)
+        shift_E = (offsets_E - padded_E) - (counts_E.cumsum(0) - counts_E)
+        rows = rows + shift_E[routes.experts_NK.reshape(-1)[order]]
+        n_rows = n_choices + counts_E.numel() * (row_alignment - 1)
+        n_rows = (n_rows + row_alignment - 1) // row_alignment * row_alignment
+        token_of_row_R = order.new_zeros(n_rows).scatter_(0, rows, order // top_k)
+    row_of_choice = torch.empty_like(order).scatter_(0, order, rows)
+    return DispatchPlan(token_of_row_R, row_of_choice.view(-1, top_k), offsets_E.to(torch.int32))
+
+
+class _Dispatch(torch.autograd.Function):
+    """Tokens to rows, (N, D) to (R, D). The gradient gathers each token's K rows instead of scattering."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: torch.Tensor, token_of_row_R: torch.Tensor, row_of_choice_NK: torch.Tensor) -> Any:
+        ctx.save_for_backward(row_of_choice_NK)
+        return x_ND.index_select(0, token_of_row_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (row_of_choice_NK,) = ctx.saved_tensors
+        return grads[0][row_of_choice_NK].sum(dim=1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows to choices, (R, D) to (N, K, D). The gradient is a copy: each row was read at most once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: torch.Tensor, row_of_choice_NK: torch.Tensor) -> Any:
+        ctx.save_for_backward(row_of_choice_NK)
+        ctx.n_rows = rows_RD.shape[0]
+        return rows_RD[row_of_choice_NK]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (row_of_choice_NK,) = ctx.saved_tensors
+        grad = grads[0]
+        zeros = grad.new_zeros(ctx.n_rows, grad.shape[-1])
+        return zeros.index_copy_(0, row_of_choice_NK.reshape(-1), grad.flatten(0, 1)), None
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forwards as two stacked matrices; ``FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)``."""
+
+    def __init__(self, config: IceConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
+        self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
+        nn.init.normal_(self.gate_up_proj, std=matrix_std(config.dim))
+        nn.init.normal_(self.down_proj, std=output_std(config, config.expert_dim))
+
+    def forward(self, rows_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+        """(R, D) sorted by expert to (R, D); expert i owns rows ``offsets[i - 1] : offsets[i]``."""
+        gate_up = torch._grouped_mm(rows_RD, self.gate_up_proj.transpose(-2, -1), offs=offsets_E)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch._grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets_E)
+
+
+def row_alignment(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows an expert's group must be a multiple of: the CUDA kernels load 16-byte vectors along the rows."""
+    return 1 if device.type == "cpu" else 16 // dtype.itemsize
+
+
+class MoELayer(nn.Module):
+    """Routed experts plus ``n_shared_experts`` that see every token."""
+
+    def __init__(self, config: IceConfig, load_layer: int = 0) -> None:
+        super().__init__()
+        self.router = Router(config, load_layer)
+        self.experts = Experts(config)
+        # Present only when it exists: AutoEP reads the attribute, not the config.
+        if config.n_shared_experts:
+            self.shared_experts = SwiGLU(config, config.n_shared_experts * config.expert_dim)
+        self.has_shared_experts = config.n_shared_experts > 0
+
+    def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) to (B, S, D)."""
+        x_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+        routes = self.router(x_ND)
+        plan = plan_dispatch(routes, row_alignment(x_ND.device, x_ND.dtype))
+        rows_RD = _Dispatch.apply(x_ND, plan.token_of_row_R, plan.row_of_choice_NK)
+        rows_RD = self.experts(rows_RD, plan.offsets_E)
+        choices_NKD = _Collect.apply(rows_RD, plan.row_of_choice_NK)
+        mixed_ND: torch.Tensor = (choices_NKD * routes.gates_NK.unsqueeze(-1)).sum(dim=1).to(hidden_BSD.dtype)
+        output_BSD = mixed_ND.view_as(hidden_BSD)
+        if self.has_shared_experts:
+            output_BSD = output_BSD + self.shared_experts(hidden_BSD)
+        return output_BSD

@@ -1,0 +1,1 @@
+"""Training a model on token shards with DeepSpeed; knows nothing of how an architecture works inside."""

@@ -1,0 +1,75 @@
+"""``--dry-run``: everything a run would be, without allocating a weight.
+
+Validates the configuration, builds the model on the meta device, and prints parameters, tokens and the DeepSpeed
+configuration. The data set is looked at when it is there; a cluster's data need not lie on the machine that plans.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.environment import discover_place
+from launch.settings import EXIT_FINISHED
+from model.counting import count_parameters
+from model.precision import choose_precision
+from pretrain.config import TrainingConfig, check_topology
+from pretrain.engine import deepspeed_config
+
+
+def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
+    """Print the plan of ``config`` for ``ranks`` ranks; returns the exit status."""
+    place = discover_place()
+    assumed = ranks is None and place.world_size == 1 and config.parallel.expert_parallel_size > 1
+    world_size = ranks or (config.parallel.expert_parallel_size if assumed else place.world_size)
+    check_topology(config, world_size, str(source))
+    if not place.is_first:
+        return EXIT_FINISHED
+    console = Console(soft_wrap=True)
+    console.print(f"{source}: valid", highlight=False)
+    console.print(_parameter_table(config))
+    tokens_per_step = config.data.global_batch_size * config.data.sequence_length
+    why = " (the smallest for this expert-parallel size; choose with --ranks)" if assumed else ""
+    facts = {
+        "run directory": config.run.path,
+        "ranks": f"{world_size}{why}",
+        "gradient accumulation steps": config.grad_accum_steps(world_size),
+        "tokens a step": f"{tokens_per_step:,}",
+        "steps": f"{config.schedule.steps:,}",
+        "tokens in all": f"{tokens_per_step * config.schedule.steps:,}",
+        "loops": f"{config.loop.distribution}, mean {config.mean_loops}, gradients through "
+        f"{config.loop.grad_loops or 'all'}",
+        "data set": f"{config.data.path}{'' if (Path(config.data.path) / 'manifest.json').is_file() else ' (not here)'}",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    precision = choose_precision(config.precision.dtype, "cpu" if assumed else _device_type())
+    console.print(f"precision here     {precision.name} ({precision.reason})", highlight=False)
+    console.print("DeepSpeed configuration", highlight=False)
+    console.print_json(json.dumps(deepspeed_config(config, world_size, precision)))
+    return EXIT_FINISHED
+
+
+def _device_type() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parameter_table(config: TrainingConfig) -> Table:
+    count = count_parameters(config.model)
+    table = Table(title=f"parameters of {config.run.name}")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for part, parameters in count.by_part.items():
+        table.add_row(part, f"{parameters:,}")
+    table.add_section()
+    table.add_row("total", f"{count.total:,}")
+    table.add_row("active a token and loop", f"{count.active_per_loop:,}")
+    table.add_row(f"executed a token at {config.mean_loops} loops", f"{count.executed(config.mean_loops):,}")
+    return table

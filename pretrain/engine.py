@@ -1,0 +1,316 @@
+"""DeepSpeed, behind one door: the only file that knows its JSON keys and its calls.
+
+What is asked of the engine, and why it is asked this way:
+
+- ZeRO-3 gathers parameters module by module. The looped core is declared a *leaf*, so that its parameters are gathered
+  once a forward and once a backward whatever the number of loops; otherwise every loop gathers them again.
+- ZeRO-3 refuses DeepSpeed's own MoE layer. Experts are spread by AutoEP (the ``expert_parallel`` section), which
+  replaces our MoE layers inside ``deepspeed.initialize``; ``model/expert_parallel.py`` is the other half of that seam.
+- The learning rate is a pure function of the step and is written into the optimizer's groups before each step; no
+  scheduler state exists.
+- Ending: a rank that leaves the interpreter while gloo threads live can abort after its work is done, so a successful
+  run destroys the engine, meets the others at a barrier and destroys the process group. A failing one must not: it could
+  wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launch.environment import Place, prepare_rendezvous
+from model import IceConfig, IceModel
+from model.expert_parallel import (
+    DOWN_PROJ,
+    EXPERTS,
+    GATE_UP_PROJ,
+    MOE_LAYER_PATTERN,
+    ROUTER,
+    SELECTION_BIAS,
+    SHARED_EXPERTS,
+    adopt_replaced_layers,
+    is_local_expert,
+    routed_layers,
+    to_plain_names,
+    update_selection_biases,
+)
+from model.init import decays
+from model.looped_lm import LoopedOutput
+from model.precision import PrecisionChoice, choose_precision
+from pretrain.config import TrainingConfig
+
+
+class StepOutcome(NamedTuple):
+    """What an optimizer step did. ``grad_norm`` is before clipping; ``skipped`` means fp16 found an overflow."""
+
+    grad_norm: float
+    skipped: bool
+
+
+def deepspeed_config(config: TrainingConfig, world_size: int, precision: PrecisionChoice) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run on ``world_size`` ranks."""
+    parallel, optim = config.parallel, config.optim
+    return {
+        "train_batch_size": config.data.global_batch_size,
+        "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
+        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_clipping": optim.grad_clip,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": [optim.beta1, optim.beta2],
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+                "torch_adam": optim.implementation == "torch" and parallel.offload_optimizer == "none",
+            },
+        },
+        "zero_optimization": _zero_section(config),
+        **_precision_section(config, precision),
+        **_expert_parallel_section(config),
+    }
+
+
+def _zero_section(config: TrainingConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    section: dict[str, Any] = {"stage": parallel.zero_stage, "contiguous_gradients": True, "overlap_comm": False}
+    for key, device in (
+        ("offload_optimizer", parallel.offload_optimizer),
+        ("offload_param", parallel.offload_parameters),
+    ):
+        if device != "none":
+            section[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
+            if device == "nvme":
+                section[key]["nvme_path"] = parallel.nvme_path
+    return section
+
+
+def _precision_section(config: TrainingConfig, precision: PrecisionChoice) -> dict[str, Any]:
+    if precision.name == "bf16":
+        return {"bf16": {"enabled": True}}
+    if precision.name == "fp16":
+        scaling = config.precision
+        return {
+            "fp16": {
+                "enabled": True,
+                "loss_scale": 0,
+                "initial_scale_power": scaling.initial_loss_scale_power,
+                "loss_scale_window": scaling.loss_scale_window,
+            }
+        }
+    return {}
+
+
+def _expert_parallel_section(config: TrainingConfig) -> dict[str, Any]:
+    model = config.model
+    if model.n_experts == 0:
+        return {}
+    section: dict[str, Any] = {
+        "enabled": True,
+        "autoep_size": config.parallel.expert_parallel_size,
+        "moe_layer_pattern": MOE_LAYER_PATTERN,
+        "router_pattern": ROUTER,
+        "expert_pattern": EXPERTS,
+        "expert_w1": GATE_UP_PROJ,
+        "expert_w2": DOWN_PROJ,
+        "expert_w3": None,
+        "num_experts_attr": "n_experts",
+        "top_k_attr": "n_experts_per_tok",
+        "score_func": model.score_func,
+        "score_apply": "post",
+        "route_norm": model.route_norm,
+        "route_scale": model.route_scale,
+        "has_shared_experts": model.n_shared_experts > 0,
+    }
+    if model.n_shared_experts > 0:
+        section["shared_experts_pattern"] = SHARED_EXPERTS
+    if model.moe_n_groups > 1:
+        section.update(num_expert_groups=model.moe_n_groups, num_limited_groups=model.moe_topk_groups)
+    return {"expert_parallel": section}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups: matrices, which are decayed, and the rest, which are not.
+
+    DeepSpeed splits each by expert-parallel group and needs a ``name`` to tell the splits apart.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[decays(name, parameter)].append(parameter)
+    return [
+        {"name": "decayed", "params": groups[True], "weight_decay": weight_decay},
+        {"name": "not_decayed", "params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+class TrainingEngine:
+    """A model on its ranks: forward, backward, step, checkpoint files, whole weights.
+
+    Building one starts the process group, so every check of the user's input comes before it. All methods are
+    collective: every rank calls them in the same order.
+    """
+
+    def __init__(self, config: TrainingConfig, place: Place) -> None:
+        """Start the process group, build the model from ``run.seed`` and hand it to DeepSpeed."""
+        # Importing DeepSpeed takes seconds and prints; a configuration error or --dry-run should not wait for it.
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed unpickles its own files; this makes torch.load refuse anything but tensors and plain containers.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        prepare_rendezvous(place)
+        accelerator = get_accelerator()
+        self.config = config
+        self.place = place
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+        self.precision = choose_precision(config.precision.dtype, accelerator.device_name())
+        settings = deepspeed_config(config, place.world_size, self.precision)
+
+        torch.manual_seed(config.run.seed)
+        sharded = deepspeed.zero.Init(config_dict_or_path=settings) if config.parallel.zero_init else None
+        with sharded or contextlib.nullcontext():
+            model = IceModel(config.model)
+        model.set_remat(config.loop.remat)
+        if config.parallel.zero_stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(model, [type(model.core)])
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, config.optim.weight_decay),
+            config=settings,
+        )
+        self.model: IceModel = self._engine.module
+        self.device = torch.device(accelerator.current_device_name())
+        self._zero = deepspeed.zero
+        adopt_replaced_layers(self.model, self.model.core.expert_load)
+        # Every rank leaves here with the same generator state, whatever building the model drew.
+        torch.manual_seed(config.run.seed)
+
+    @property
+    def model_config(self) -> IceConfig:
+        """The architecture being trained."""
+        return self.config.model
+
+    def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation."""
+        self._engine.train(mode)
+
+    def forward(self, input_ids_BS: Tensor, n_loops: int, grad_loops: int | None = None) -> LoopedOutput:
+        """Logits and loop measurements of a micro-batch."""
+        output: LoopedOutput = self._engine(
+            input_ids_BS, n_loops=n_loops, grad_loops=grad_loops, return_output=True
+        )
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a micro-batch's mean loss; the engine divides by the accumulation steps."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-batch; the last one's step is the caller's
+
+    def step(self, lr: float) -> StepOutcome:
+        """Clip, update the weights with learning rate ``lr``, and clear the gradients; after the last micro-batch."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepOutcome(
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            skipped=self._engine.skipped_steps > skipped_before,
+        )
+
+    def take_expert_load(self) -> Tensor | None:
+        """Tokens of each (loop, layer, expert) over all ranks since the last call, int64; None without experts."""
+        if self.model_config.n_experts == 0:
+            return None
+        load_TLE = self.model.core.expert_load.take().to(self.device)
+        dist.all_reduce(load_TLE)
+        return load_TLE.cpu()
+
+    def balance_experts(self, load_TLE: Tensor) -> None:
+        """Move every selection bias one step against the load summed over loops."""
+        update_selection_biases(self.model, load_TLE.sum(dim=0), self.config.optim.expert_bias_update_rate)
+
+    def injection_radius(self) -> float:
+        """Largest decay of the carried state, rho(A): below 1 by construction."""
+        parameters = list(self.model.core.injection.parameters())
+        with self._zero.GatheredParameters(parameters, enabled=self.config.parallel.zero_stage == 3):
+            return self.model.get_spectral_radius()
+
+    def selection_biases(self) -> dict[str, Tensor]:
+        """The router biases by layer name, fp32, the same on every rank."""
+        return {
+            f"{layer.name}.{ROUTER}.{SELECTION_BIAS}": getattr(layer.router, SELECTION_BIAS)
+            for layer in routed_layers(self.model)
+        }
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's part of weights and optimizer into ``folder/tag``."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what ``save`` wrote, on the same topology."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        if path is None:
+            raise RuntimeError(f"{folder / tag}: the engine found no checkpoint there")
+
+    def plain_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under the plain model's names, one at a time: tensors on the first rank's host memory.
+
+        Every rank iterates to the end (each item is a gather); ranks other than the first get empty tensors.
+        """
+        yield from to_plain_names(self._whole_parameters())
+        yield from ((name, bias.cpu().clone()) for name, bias in self.selection_biases().items())
+
+    def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        expert_ranks = self.config.parallel.expert_parallel_size
+        for name, parameter in self.model.named_parameters():
+            with self._zero.GatheredParameters([parameter], enabled=self.config.parallel.zero_stage == 3):
+                whole = parameter.detach()
+                if is_local_expert(name) and expert_ranks > 1:
+                    whole = self._gather_experts(whole)
+                # An empty tensor of the same rank lets the name mapping treat all ranks alike.
+                yield name, whole.cpu().clone() if self.place.is_first else torch.empty([0] * whole.dim())
+
+    def _gather_experts(self, local: Tensor) -> Tensor:
+        from deepspeed.utils import groups
+
+        size = self.config.parallel.expert_parallel_size
+        group = groups._get_expert_parallel_group(f"ep_size_{size}")
+        parts = [torch.empty_like(local) for _ in range(size)]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        return torch.cat(parts)
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Element-wise sum in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (small, plain Python), in rank order."""
+        gathered: list[Any] = [None] * self.place.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave together, after success only."""
+        self._engine.destroy()
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,196 @@
+"""Held-out bits per byte: by domain, and by loop depth.
+
+``bits per byte = sum of token losses / ln 2 / bytes of UTF-8 text``: comparable across tokenizers, and with a
+compressor. Every target counts, the end-of-document ones too, which stand for no byte.
+
+As a command, ``python pretrain/evaluate.py --run DIR`` loads the newest intact checkpoint of a run into the plain model
+and sweeps the depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from data_pipeline.dataset import Dataset, open_dataset
+from launch.files import write_json_atomically
+from launch.settings import BadInputError, exit_with_status, load_settings
+from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint
+from pretrain.config import TrainingConfig
+from pretrain.data import Batch, TokenSequences, validation_batches
+from pretrain.engine import TrainingEngine
+from pretrain.losses import IGNORED_TARGET, token_losses
+from pretrain.plots import plot_depth_sweep
+from pretrain.weights import load_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses over a set of held-out sequences."""
+
+    bits_per_byte: float
+    nats_per_token: float
+    tokens: int
+    text_bytes: int
+    bits_per_byte_by_domain: dict[str, float]
+
+
+class Tally:
+    """Sums of losses, tokens and bytes by domain; addable over ranks."""
+
+    def __init__(self, domains: list[str], token_bytes_V: Tensor) -> None:
+        self._domains, self._token_bytes_V = domains, token_bytes_V
+        self._sums = torch.zeros(3, len(domains), dtype=torch.float64)
+
+    def add(self, batch: Batch, logits_BSV: Tensor) -> None:
+        """Count one batch."""
+        targets_BS = batch.targets
+        counted_BS = targets_BS != IGNORED_TARGET
+        losses = token_losses(logits_BSV, targets_BS.to(logits_BSV.device)).cpu()[counted_BS].double()
+        bytes_ = self._token_bytes_V[targets_BS[counted_BS]].double()
+        domain = batch.domain_ids[counted_BS].long() if batch.domain_ids is not None else torch.zeros_like(bytes_).long()
+        for row, values in enumerate((losses, torch.ones_like(losses), bytes_)):
+            self._sums[row].index_add_(0, domain, values)
+
+    def values(self) -> list[float]:
+        """The sums, flat, for a reduction over ranks."""
+        return self._sums.flatten().tolist()
+
+    def result(self, summed: list[float] | None = None) -> Evaluation:
+        """The evaluation, from these sums or from ``summed`` ones."""
+        sums = self._sums if summed is None else torch.tensor(summed, dtype=torch.float64).view_as(self._sums)
+        losses, tokens, bytes_ = (row.sum().item() for row in sums)
+        by_domain = {
+            name: loss / math.log(2) / max(count, 1.0)
+            for name, loss, count in zip(self._domains, sums[0].tolist(), sums[2].tolist(), strict=True)
+            if count > 0
+        }
+        return Evaluation(
+            losses / math.log(2) / max(bytes_, 1.0), losses / max(tokens, 1.0), int(tokens), int(bytes_), by_domain
+        )
+
+
+class Evaluator:
+    """Evaluation inside training: the same held-out sequences every time, spread over the ranks."""
+
+    def __init__(self, config: TrainingConfig, dataset: Dataset, sequences: TokenSequences) -> None:
+        self._dataset, self._sequences = dataset, sequences
+        self._batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
+        self._limit = config.eval.sequences
+        self._token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
+
+    def run(self, engine: TrainingEngine, n_loops: int) -> Evaluation:
+        """Evaluate the engine's weights at ``n_loops``; collective, the same result on every rank."""
+        tally = Tally(list(self._dataset.domains), self._token_bytes_V)
+        place = engine.place
+        engine.train(False)
+        with torch.no_grad():
+            for batch in validation_batches(
+                self._sequences, self._batch_size, place.rank, place.world_size, limit=self._limit
+            ):
+                tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops).logits)
+        engine.train(True)
+        return tally.result(engine.sum_over_ranks(tally.values()))
+
+
+def evaluate_plain(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], domains: list[str], token_bytes_V: Tensor
+) -> Evaluation:
+    """Evaluate ``forward`` (token ids to logits) in this process alone."""
+    tally = Tally(domains, token_bytes_V)
+    with torch.no_grad():
+        for batch in batches:
+            tally.add(batch, forward(batch.input_ids))
+    return tally.result()
+
+
+def gzip9_bits_per_byte(dataset: Dataset) -> float:
+    """What ``gzip -9`` makes of the whole validation text, for scale."""
+    manifest = dataset.manifest
+    return 8 * manifest.validation_documents.gzip9_bytes / manifest.validation.total.utf8_bytes
+
+
+def default_depths(mean_loops: int) -> list[int]:
+    """1, 2, T and 2T."""
+    return sorted({1, 2, mean_loops, 2 * mean_loops})
+
+
+def _depth_list(text: str) -> list[int]:
+    depths = [int(part) for part in text.split(",")]
+    if min(depths) < 1:
+        raise ValueError
+    return depths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Held-out bits per byte of a run's newest checkpoint, by loop depth.")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory, such as runs/ice_tiny")
+    parser.add_argument("--loops", type=_depth_list, metavar="1,2,4", help="depths; default 1, 2, T, 2T")
+    parser.add_argument("--sequences", type=int, help="validation sequences; default eval.sequences of the run")
+    options = parser.parse_args(arguments)
+    results = evaluate_run(options.run, options.loops, options.sequences)
+    console = Console()
+    table = Table(title=f"held-out bits per byte of {options.run}")
+    domains = list(next(iter(results.values())).bits_per_byte_by_domain)
+    for column in ("loops", "all", *domains):
+        table.add_column(column, justify="right")
+    for depth, result in results.items():
+        table.add_row(
+            str(depth),
+            f"{result.bits_per_byte:.4f}",
+            *(f"{result.bits_per_byte_by_domain[domain]:.4f}" for domain in domains),
+        )
+    console.print(table)
+    console.print(f"written to {options.run / 'evaluation.json'}", highlight=False)
+    return 0
+
+
+def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | None = None) -> dict[int, Evaluation]:
+    """Evaluate the newest intact checkpoint of ``run`` at ``depths``; writes ``evaluation.json`` and a picture."""
+    if not (run / "config.json").is_file():
+        raise BadInputError(f"{run}: not a run directory (no config.json); train first, or name another with --run")
+    config = load_settings(TrainingConfig, run / "config.json")
+    checkpoint = newest_valid_checkpoint(run / "checkpoints")
+    dataset = open_dataset(Path(config.data.path))
+    model = load_model(checkpoint / WEIGHTS)
+    tokens = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
+    batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
+    batches = list(validation_batches(tokens, batch_size, 0, 1, limit=sequences or config.eval.sequences))
+    token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
+    results: dict[int, Evaluation] = {}
+    for depth in depths or default_depths(config.mean_loops):
+
+        def forward(input_ids_BS: Tensor, n_loops: int = depth) -> Tensor:
+            logits: Tensor = model(input_ids_BS, n_loops=n_loops)
+            return logits
+
+        watched = track(batches, description=f"evaluating at {depth} loops", transient=True)
+        results[depth] = evaluate_plain(forward, watched, list(dataset.domains), token_bytes_V)
+    write_json_atomically(
+        run / "evaluation.json",
+        {"checkpoint": checkpoint.name, "by_loops": {depth: asdict(result) for depth, result in results.items()}},
+    )
+    plot_depth_sweep(
+        {depth: result.bits_per_byte for depth, result in results.items()},
+        config.mean_loops,
+        run / "plots" / "depth.png",
+    )
+    return results
+
+
+if __name__ == "__main__":
+    exit_with_status(main)

@@ -1,0 +1,108 @@
+"""Everything a run says about itself: the metrics file, the trackers, the console, the pictures.
+
+Built on every rank with the same calls, so that the trainer needs no ``if rank == 0``; only the first rank writes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pretrain.checkpoint import TrainingState
+from pretrain.config import TrainingConfig
+from pretrain.console import TrainingConsole
+from pretrain.engine import TrainingEngine
+from pretrain.evaluate import Evaluation
+from pretrain.metrics import FILE_NAME, MetricsFile, expert_load_metrics
+from pretrain.plots import plot_expert_load, plot_losses
+from pretrain.tracking import Trackers
+
+if TYPE_CHECKING:
+    from pretrain.trainer import StepResult
+
+
+class RunLog:
+    """The first rank's record of a run; a silent stand-in on the others."""
+
+    def __init__(
+        self, config: TrainingConfig, start: TrainingState, is_first: bool, reference_bits_per_byte: float | None
+    ) -> None:
+        self._config, self._path, self._reference = config, config.run.path, reference_bits_per_byte
+        self._console = TrainingConsole(
+            config.schedule.steps, start.step, config.logging.console_every, enabled=is_first
+        )
+        self._metrics = MetricsFile(self._path / FILE_NAME, start.step) if is_first else None
+        self._trackers = Trackers(config, self._path, start.wandb_id) if is_first else None
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        self._console.say(text)
+
+    def step(
+        self,
+        state: TrainingState,
+        result: StepResult,
+        lr: float,
+        loops: int,
+        step_seconds: float,
+        tokens_per_step: int,
+        engine: TrainingEngine,
+    ) -> None:
+        """Record a training step. The injection radius needs a gather of ``log_A``, so every rank takes part."""
+        line: dict[str, Any] = {
+            "step": state.step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.outcome.grad_norm,
+            "loops": loops,
+            "tokens": state.tokens,
+            "tokens_per_second": tokens_per_step / step_seconds,
+            "step_seconds": step_seconds,
+            "next_sample": state.next_sample,
+            "loop_residual": result.loop_residual,
+            "injection_radius": engine.injection_radius(),
+        }
+        if self._config.model.act:
+            line["ponder_cost"] = result.ponder_cost
+        if result.outcome.skipped:
+            line["skipped"] = True
+        if result.expert_load_TLE is not None:
+            line.update(expert_load_metrics(result.expert_load_TLE))
+        self._record(state.step, line)
+        self._console.step(line)
+
+    def evaluation(self, state: TrainingState, result: Evaluation) -> None:
+        """Record an evaluation."""
+        line: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "validation_bits_per_byte": result.bits_per_byte,
+            "validation_nats_per_token": result.nats_per_token,
+            **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte_by_domain.items()},
+        }
+        self._record(state.step, line)
+        by_domain = "  ".join(f"{name} {value:.3f}" for name, value in result.bits_per_byte_by_domain.items())
+        self.say(f"step {state.step}: validation {result.bits_per_byte:.4f} bits a byte  ({by_domain})")
+
+    def saved(self, state: TrainingState, expert_load_TLE: Tensor | None) -> None:
+        """Redraw the pictures at each checkpoint."""
+        if self._metrics is None or not self._config.logging.plot:
+            return
+        plot_losses(self._path / FILE_NAME, self._path / "plots" / "loss.png", self._reference)
+        if expert_load_TLE is not None:
+            plot_expert_load(expert_load_TLE, self._path / "plots" / "expert_load.png")
+
+    def _record(self, step: int, line: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.append(line)
+        if self._trackers is not None:
+            self._trackers.log(step, line)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._console.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._trackers is not None:
+            self._trackers.close()

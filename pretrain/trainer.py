@@ -1,0 +1,118 @@
+"""The training loop: the story of a run on one screen.
+
+What happens around a step is a handful of named collaborators: the batches (``data``), the engine, the checkpointer,
+the evaluation, the log. Every rank executes the same calls in the same order; what ranks must agree on travels in one
+small reduction a step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from launch.settings import EXIT_FINISHED, EXIT_PREEMPTED
+from pretrain.checkpoint import Checkpointer, TrainingState
+from pretrain.config import TrainingConfig
+from pretrain.data import Batch, BatchLoader
+from pretrain.engine import StepOutcome, TrainingEngine
+from pretrain.evaluate import Evaluator
+from pretrain.loop_depth import sample_loops
+from pretrain.losses import language_model_loss
+from pretrain.preemption import StopRequest
+from pretrain.run_log import RunLog
+from pretrain.schedule import lr_scale
+
+
+class TrainingFailedError(Exception):
+    """The run cannot go on; the message says at which step and why. Exit status 1."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step."""
+
+    outcome: StepOutcome
+    loss: float
+    loop_residual: float
+    ponder_cost: float
+    expert_load_TLE: Tensor | None
+    stop_requested: bool
+
+
+class Trainer:
+    """Runs a configuration from ``state`` to its last step."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        engine: TrainingEngine,
+        loader: BatchLoader,
+        evaluator: Evaluator,
+        checkpointer: Checkpointer,
+        log: RunLog,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.engine, self.loader, self.evaluator = config, engine, loader, evaluator
+        self.checkpointer, self.log, self.stop = checkpointer, log, stop
+
+    def train(self, state: TrainingState) -> int:
+        """Train from ``state`` to the last step; returns the exit status: finished, or preempted and resumable."""
+        config = self.config
+        tokens_per_step = config.data.global_batch_size * config.data.sequence_length
+        while state.step < config.schedule.steps:
+            started = time.monotonic()
+            step = state.step + 1
+            loops = sample_loops(config.loop, config.mean_loops, config.run.seed, step)
+            lr = config.optim.lr * lr_scale(config.schedule, step)
+            batches = self.loader.step_batches(state.next_sample)
+            result = self._step(batches, loops, lr)
+            self._require_finite(result, step, batches)
+            state = replace(
+                state,
+                step=step,
+                next_sample=state.next_sample + config.data.global_batch_size,
+                tokens=state.tokens + tokens_per_step,
+            )
+            self.log.step(state, result, lr, loops, time.monotonic() - started, tokens_per_step, self.engine)
+            last = step == config.schedule.steps
+            if step % config.eval.every == 0 or last:
+                self.log.evaluation(state, self.evaluator.run(self.engine, config.mean_loops))
+            if step % config.checkpoint.every == 0 or last or result.stop_requested:
+                self.checkpointer.save(state)
+                self.log.saved(state, result.expert_load_TLE)
+            if result.stop_requested and not last:
+                self.log.say(f"asked to stop: saved step {step}; the same command continues from there")
+                return EXIT_PREEMPTED
+        return EXIT_FINISHED
+
+    def _step(self, batches: list[Batch], loops: int, lr: float) -> StepResult:
+        """Accumulate gradients over ``batches``, update weights and router biases, agree on the numbers."""
+        engine = self.engine
+        measured = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            output = engine.forward(batch.input_ids.to(engine.device), loops, self.config.loop.grad_loops)
+            loss = language_model_loss(output.logits, batch.targets.to(engine.device))
+            engine.backward(loss)
+            measured += torch.stack([loss.detach(), output.loop_residual, output.ponder_cost.detach()]).double().cpu()
+        outcome = engine.step(lr)
+        expert_load = engine.take_expert_load()
+        if expert_load is not None and not outcome.skipped:
+            engine.balance_experts(expert_load)
+        stop = float(self.stop.received is not None)
+        loss_sum, residual, ponder, stop_votes = engine.sum_over_ranks([*(measured / len(batches)).tolist(), stop])
+        ranks = engine.place.world_size
+        return StepResult(outcome, loss_sum / ranks, residual / ranks, ponder / ranks, expert_load, stop_votes > 0)
+
+    def _require_finite(self, result: StepResult, step: int, batches: list[Batch]) -> None:
+        finite_norm = math.isfinite(result.outcome.grad_norm) or result.outcome.skipped
+        if math.isfinite(result.loss) and finite_norm:
+            return
+        raise TrainingFailedError(
+            f"step {step}: loss {result.loss}, gradient norm {result.outcome.grad_norm}: not finite; sample ids of rank "
+            f"{self.engine.place.rank}: {[i for batch in batches for i in batch.sample_ids]}. The last checkpoint is "
+            "untouched; lower optim.lr, or look at these samples"
+        )

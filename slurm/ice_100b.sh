@@ -1,0 +1,18 @@
+#!/bin/bash
+# Train configs/ice_100b.json on 32 nodes of 8 GPUs: sbatch slurm/ice_100b.sh [--set a.b=value]...
+# Partition, account and node features are the site's: add them to the sbatch line.
+#SBATCH --job-name=ice_100b
+#SBATCH --nodes=32
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
+train configs/ice_100b.json "$@"
