@@ -63,7 +63,7 @@ def check_removed(folder: Path, removal_lists: Sequence[Path]) -> None:
 
 
 def remove_exact_duplicates(executor: Executor, files: Sequence[InputFile], folder: Path) -> None:
-    """Keep the first of each group of identical texts; results in ``folder/documents``."""
+    """Keep one of each group of identical texts; results in ``folder/documents``."""
     config = ExactDedupConfig(content_getter=document_text, only_dedup_in_index=False)
     scratch, logs, tasks = folder / "scratch", folder / "logs", len(files)
     signatures, duplicates = str(scratch / "signatures"), str(scratch / "duplicates")

@@ -16,9 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy as np
 import sentencepiece
-from numpy.typing import NDArray
 from numpy.typing import NDArray
 
 from data_pipeline.config import TokenizerSettings
@@ -83,16 +81,6 @@ class Tokenizer:
             elif not self._processor.is_control(token_id) and not self._processor.is_unknown(token_id):
                 piece = self._processor.id_to_piece(token_id).replace(SPACE_MARK, " ")
                 lengths[token_id] = len(piece.encode())
-        return lengths
-
-    def byte_lengths(self) -> NDArray[np.int64]:
-        """For each token id the bytes of UTF-8 text it stands for, (vocab_size,): 0 for special tokens."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token_id in range(self.vocab_size):
-            if self._processor.is_byte(token_id):
-                lengths[token_id] = 1
-            elif not (self._processor.is_control(token_id) or self._processor.is_unknown(token_id)):
-                lengths[token_id] = len(self.piece(token_id).replace(SPACE_MARK, " ").encode())
         return lengths
 
 

@@ -100,7 +100,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            raise BadInputError(f"--set {render_text(override)}: expected section.key=value, as in --set schedule.steps=100")
+            raise BadInputError(
+                f"--set {render_text(override)}: expected section.key=value, as in --set schedule.steps=100"
+            )
         try:
             value = _parse_json(text)
         except json.JSONDecodeError:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from launch.environment import discover_place
 from launch.settings import EXIT_FINISHED
-from model.counting import count_parameters
+from model.parameters import PARTS, count_parameters
 from model.precision import choose_precision
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import deepspeed_config
@@ -62,14 +62,16 @@ def _device_type() -> str:
 
 
 def _parameter_table(config: TrainingConfig) -> Table:
-    count = count_parameters(config.model)
+    count = count_parameters(config.model, config.mean_loops)
     table = Table(title=f"parameters of {config.run.name}")
     table.add_column("part")
     table.add_column("parameters", justify="right")
-    for part, parameters in count.by_part.items():
-        table.add_row(part, f"{parameters:,}")
+    for part in PARTS:
+        if parameters := getattr(count, part):
+            table.add_row(part.replace("_", " "), f"{parameters:,}")
     table.add_section()
     table.add_row("total", f"{count.total:,}")
-    table.add_row("active a token and loop", f"{count.active_per_loop:,}")
-    table.add_row(f"executed a token at {config.mean_loops} loops", f"{count.executed(config.mean_loops):,}")
+    table.add_row("active a token", f"{count.active:,}")
+    table.add_row("active a token in one loop of the core", f"{count.active_per_loop:,}")
+    table.add_row(f"executed a token, {config.mean_loops} loops", f"{count.executed:,}")
     return table

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.environment import Place, prepare_rendezvous
+from launch.settings import BadInputError
 from model import IceConfig, IceModel
 from model.expert_parallel import (
     DOWN_PROJ,
@@ -62,7 +63,7 @@ def deepspeed_config(config: TrainingConfig, world_size: int, precision: Precisi
         "train_batch_size": config.data.global_batch_size,
         "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
-        "gradient_clipping": optim.grad_clip,
+        "gradient_clipping": 0.0 if _clips_here(config, precision) else optim.grad_clip,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
@@ -80,6 +81,11 @@ def deepspeed_config(config: TrainingConfig, world_size: int, precision: Precisi
         **_precision_section(config, precision),
         **_expert_parallel_section(config),
     }
+
+
+def _clips_here(config: TrainingConfig, precision: PrecisionChoice) -> bool:
+    """Without ZeRO and in fp32 DeepSpeed clips by the *mean* of the ranks' norms, which differ under expert parallelism."""
+    return config.parallel.zero_stage == 0 and precision.name == "fp32"
 
 
 def _zero_section(config: TrainingConfig) -> dict[str, Any]:
@@ -174,8 +180,16 @@ class TrainingEngine:
         accelerator = get_accelerator()
         self.config = config
         self.place = place
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
         self.precision = choose_precision(config.precision.dtype, accelerator.device_name())
+        if self.precision.name == "fp16" and not accelerator.is_fp16_supported():
+            raise BadInputError(f'precision.dtype = "fp16": not supported on this {accelerator.device_name()}; use auto')
+        if self.precision.name != "fp32" and config.parallel.zero_stage == 0:
+            # Measured: DeepSpeed's stage-0 wrapper of 16-bit weights drifts from stage 1 within two steps (docs/LOG.md).
+            raise BadInputError(
+                f'parallel.zero_stage = 0: with {self.precision.name} weights needs stage 1 or more; set it to 1, or '
+                'precision.dtype to "fp32"'
+            )
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
         settings = deepspeed_config(config, place.world_size, self.precision)
 
         torch.manual_seed(config.run.seed)
@@ -224,12 +238,28 @@ class TrainingEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
+        norm = self._clip_unsharded() if _clips_here(self.config, self.precision) else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
         return StepOutcome(
             grad_norm=float(norm) if norm is not None else float("nan"),
             skipped=self._engine.skipped_steps > skipped_before,
         )
+
+    def _clip_unsharded(self) -> float:
+        """Clip whole fp32 gradients by their global norm, and return it: each expert counts once over the ranks."""
+        shared, local = torch.zeros(2, dtype=torch.float64, device=self.device).unbind()
+        gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        for name, gradient in gradients:
+            (local if is_local_expert(name) else shared).add_(gradient.double().square().sum())
+        dist.all_reduce(local)
+        copies = self.place.world_size // self.config.parallel.expert_parallel_size
+        norm = float((shared + local / copies).sqrt())
+        if 0 < self.config.optim.grad_clip < norm:
+            for _, gradient in gradients:
+                gradient.mul_(self.config.optim.grad_clip / (norm + 1e-6))
+        return norm
 
     def take_expert_load(self) -> Tensor | None:
         """Tokens of each (loop, layer, expert) over all ranks since the last call, int64; None without experts."""

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,30 @@ def prepare_quietly(settings: DataSettings) -> list[str]:
     reporter = Reporter(Console(file=stream, width=200, highlight=False))
     prepare(settings, LocalExecutor(settings.execution.workers), reporter)
     return stream.getvalue().splitlines()
+
+
+@pytest.fixture(scope="session")
+def small_documents() -> list[dict[str, Any]]:
+    """The documents of ``small_corpus``."""
+    return make_documents()
+
+
+@pytest.fixture(scope="session")
+def corpus_writer() -> Callable[..., None]:
+    """Call ``corpus_writer(folder, documents)``."""
+    return write_corpus
+
+
+@pytest.fixture(scope="session")
+def settings_for() -> Callable[..., DataSettings]:
+    """Call ``settings_for(corpus, output, section={...})``."""
+    return make_settings
+
+
+@pytest.fixture(scope="session")
+def run_pipeline() -> Callable[[DataSettings], list[str]]:
+    """Call ``run_pipeline(settings)``; gives the printed lines."""
+    return prepare_quietly
 
 
 @pytest.fixture(scope="session")

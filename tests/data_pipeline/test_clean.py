@@ -22,7 +22,7 @@ NORMALISE = NormaliseText(CleanSettings())
 @pytest.mark.parametrize(
     ("dirty", "clean"),
     [
-        ("a\r\nb\rc\u2028d\x85e", "a\nb\nc\nd\ne"),
+        ("a\r\nb\rc\u2028d\x0ce", "a\nb\nc\nd\ne"),
         ("a \t\nb", "a\nb"),
         ("one.  Two", "one. Two"),
         ("a\n\n\n\nb", "a\n\nb"),

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from slow_reference import naive_attention, naive_rope
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from model import IceConfig
 from model.attention import Cache, GroupedQueryAttention, MultiHeadLatentAttention, build_attention, rope_tables
 from model.attention.rope import apply_rope
-from slow_reference import naive_attention, naive_rope
 
 GQA = IceConfig(attn_type="gqa").scaled_down()
 MLA = IceConfig(attn_type="mla").scaled_down()

@@ -1,0 +1,78 @@
+import pytest
+from pydantic import ValidationError
+
+from model import IceConfig, IceModel
+
+
+def test_specifications_example_works() -> None:
+    config = IceConfig(attn_type="mla", kv_lora_rank=512, dim=2048, n_heads=16)
+    assert config.qk_head_dim == 192
+    assert config.rope_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_heads": 7, "n_kv_heads": 2, "dim": 56}, "n_heads = 7: must be a multiple of n_kv_heads = 2"),
+        ({"dim": 2056}, "dim = 2056: must be a multiple of n_heads = 16"),
+        ({"dim": 2052}, "dim = 2052: must be a multiple of 8"),
+        ({"dim": 48}, r"head_dim \(dim / n_heads\) = 3: must be even"),
+        ({"attn_type": "mla", "qk_rope_head_dim": 5}, "qk_rope_head_dim = 5: must be even"),
+        ({"attn_type": "mla", "qk_norm": True}, "qk_norm = true: only attn_type = gqa"),
+        ({"max_seq_len": 100}, "max_output_tokens = 4096: must be at most max_seq_len = 100"),
+        ({"expert_dim": 100}, "expert_dim = 100: must be a multiple of 8"),
+        ({"moe_n_groups": 5}, "n_experts = 64: must be a multiple of moe_n_groups = 5"),
+        ({"moe_n_groups": 64}, "moe_n_groups = 64: leaves 1 expert in a group"),
+        ({"moe_topk_groups": 2}, "moe_topk_groups = 2: must be at most moe_n_groups = 1"),
+        ({"moe_n_groups": 32, "n_experts_per_tok": 3}, "n_experts_per_tok = 3: must be at most 2"),
+        ({"n_experts_per_tok": 65}, "n_experts_per_tok = 65: must be at most 64"),
+        ({"act_threshold": 1.5}, "less than or equal to 1"),
+        ({"attn_type": "moda_v2"}, "'gqa' or 'mla'"),
+        ({"lora_rank": 4}, "Extra inputs are not permitted"),
+    ],
+)
+def test_contradictions_are_refused_by_key_and_value(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        IceConfig.model_validate(fields)
+
+
+def test_dense_core_ignores_expert_fields() -> None:
+    config = IceConfig(n_experts=0, expert_dim=100).scaled_down()
+    names = [name for name, _ in IceModel(config).named_parameters()]
+    assert not any("router" in name or "experts" in name for name in names)
+
+
+def test_config_is_frozen_and_survives_json() -> None:
+    config = IceConfig(attn_type="mla", act=True)
+    with pytest.raises(ValidationError):
+        config.dim = 3
+    assert IceConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_scaled_down_keeps_the_structure() -> None:
+    config = IceConfig(
+        attn_type="mla",
+        q_lora_rank=1536,
+        moe_n_groups=8,
+        moe_topk_groups=4,
+        n_shared_experts=0,
+        coda_layers=0,
+        act=True,
+        tie_embeddings=True,
+        score_func="softmax",
+        initial_state="learned",
+    )
+    small = config.scaled_down()
+    for field in (
+        "attn_type",
+        "n_shared_experts",
+        "coda_layers",
+        "act",
+        "tie_embeddings",
+        "score_func",
+        "initial_state",
+    ):
+        assert getattr(small, field) == getattr(config, field)
+    assert small.q_lora_rank is not None
+    assert small.moe_n_groups > small.moe_topk_groups > 1
+    assert small.scaled_down() == small
