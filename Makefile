@@ -61,6 +61,7 @@ clean: ## remove .venv and all caches in this folder; runs/ and data/ stay
 # Written last, so that an interrupted installation is taken up again. torch goes first: DeepSpeed's setup looks for it.
 .venv/.installed: pyproject.toml constraints.txt
 	@fail() { echo "error: $$*" >&2; exit 1; }
+	case "$(CURDIR)" in *[[:space:]]*) fail "$(CURDIR): torch compiles extensions only where the path has no spaces";; esac
 	is_new_enough() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 	python="$(PYTHON)"
 	if [ -z "$$python" ]; then
@@ -80,9 +81,9 @@ clean: ## remove .venv and all caches in this folder; runs/ and data/ stay
 	    "$$python" -m venv --clear .venv
 	fi
 	echo "set-up: installing torch (1/2)"
-	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt torch ninja
+	$(VENV_PYTHON) -m pip install -qq -c constraints.txt torch ninja
 	echo "set-up: installing everything else (2/2, a few minutes)"
-	DS_BUILD_OPS=0 $(VENV_PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 $(VENV_PYTHON) -m pip install -qq -c constraints.txt -e '.[dev]'
 	printf '%s\n' "$(CURDIR)" > .venv/.installed
 
 .venv/.prebuilt: .venv/.installed

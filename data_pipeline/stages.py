@@ -1,8 +1,9 @@
 """Stages: what is finished is skipped, what changed is done again, what was cut off is started over.
 
 A stage is keyed by a hash of its settings and of the *content* of its inputs (the digest of each earlier stage, or the
-hashes of source files). It works in ``STAGES/NAME-KEY.partial``, and that folder is renamed to ``STAGES/NAME-KEY``
-after its completion record ``DONE.json`` is written; so a folder without ``.partial`` is whole. A record lists the
+hashes of source files). It works in ``STAGES/NAME-KEY.RANDOM.partial``, and that folder is renamed to
+``STAGES/NAME-KEY`` after its completion record ``DONE.json`` is written; so a folder without ``.partial`` is whole, and
+workers that outlive a killed run write where nobody looks. A record lists the
 files with their sizes, and a stage whose files are gone or of another size is done again: unlike datatrove's own
 completion markers, nothing is believed because a marker exists.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +86,8 @@ class StageRunner:
         """Hold the folder for this process; another one that wants it ends in ``BadInputError``."""
         with (self.folder / "lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A record lock is this process's alone. flock() would pass to forked workers, which may outlive a kill.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise BadInputError(
                     f"{self.folder}: another preparation is running there; wait for it or choose another output"
@@ -99,9 +102,8 @@ class StageRunner:
         if record is not None:
             self.reporter.line(stage.name, "already done")
             return Finished(folder, record["digest"], skipped=True)
-        partial = folder.with_name(folder.name + ".partial")
-        for stale in (partial, folder):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
         partial.mkdir()
         start = time.monotonic()
         with self.reporter.watch(stage.name, [partial / "tallies" / name for name in stage.watch], stage.input_bytes):

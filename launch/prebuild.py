@@ -1,7 +1,7 @@
 """Build DeepSpeed's shared-memory communication kernel before anyone waits for it.
 
-On CPU every rank loads ``deepspeed_shm_comm``, which torch compiles on first use (about 100 s) and caches for each
-user in ``~/.cache/torch_extensions``. Left alone, that first use is inside the first training run, in silence. So
+On CPU every rank loads ``deepspeed_shm_comm``, which torch compiles on first use (45 to 100 s) and caches for each
+user in ``~/.cache/torch_extensions``; an environment at another path compiles it again. Left alone, that first use is inside the first training run, in silence. So
 ``make setup`` calls this: it compiles the kernel, says so, and writes where it lies to ``--stamp``, which lets make
 see later whether the cache still holds it. On an accelerator other than the CPU there is nothing to build.
 
@@ -65,8 +65,7 @@ def build_communication_kernel() -> Path:
     library = directory / f"{builder.name}.so"
     if remove_stale_lock(directory):
         print("set-up: removed the lock of a build that was interrupted", flush=True)
-    if not library.exists():
-        print("set-up: compiling the CPU communication kernel (1 to 2 minutes, once on a machine)", flush=True)
+    print("set-up: the CPU communication kernel (compiling takes 1 to 2 minutes, once for an environment)", flush=True)
     start = time.monotonic()
     builder.load()
     print(f"set-up: the CPU communication kernel is ready ({time.monotonic() - start:.0f} s)", flush=True)
@@ -83,7 +82,7 @@ def main() -> int:
     except Exception as error:  # the compiler can fail in as many ways as there are machines; say what it needs
         print(f"{error}\n", file=sys.stderr)
         print(
-            "error: DeepSpeed's CPU communication kernel did not compile; it needs a C++17 compiler with OpenMP "
+            "error: DeepSpeed's CPU communication kernel did not compile; it needs a C++20 compiler with OpenMP "
             "(Debian: g++) and Python's headers (Debian: python3-dev)",
             file=sys.stderr,
         )

@@ -23,7 +23,9 @@ class IceConfig(BaseModel):
     vocab_size: PositiveInt = Field(32000, description="number of token ids")
     dim: PositiveInt = Field(2048, description="width D of the residual stream")
     max_seq_len: PositiveInt = Field(4096, description="longest sequence, prompt and answer together, in tokens")
-    max_output_tokens: PositiveInt = Field(4096, description="most tokens one generate() call may add")
+    max_output_tokens: PositiveInt = Field(
+        4096, description="most tokens one generate() call may add, within max_seq_len"
+    )
 
     # Depth
     prelude_layers: int = Field(2, ge=0, description="dense blocks run once before the loop")
@@ -101,10 +103,6 @@ class IceConfig(BaseModel):
         if self.rope_dim % 2:
             name = "head_dim (dim / n_heads)" if self.attn_type == "gqa" else "qk_rope_head_dim"
             raise ValueError(f"{name} = {self.rope_dim}: must be even, RoPE rotates pairs")
-        if self.max_output_tokens > self.max_seq_len:
-            raise ValueError(
-                f"max_output_tokens = {self.max_output_tokens}: must be at most max_seq_len = {self.max_seq_len}"
-            )
         if self.n_experts:
             self._experts_agree()
         return self

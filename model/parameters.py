@@ -5,7 +5,7 @@ The numbers come from the model itself (built without memory), so they cannot dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -33,10 +33,27 @@ _USED_EACH_LOOP = (
     "halting",
 )
 
+# The parts a count is divided into, in the order a reader meets them.
+PARTS = (
+    "embedding",
+    "prelude",
+    "core_attention",
+    "core_router",
+    "core_experts",
+    "core_shared",
+    "core_dense",
+    "core_other",
+    "injection",
+    "halting",
+    "coda",
+    "final_norms",
+    "head",
+)
+
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by part. The parts sum to ``total``; a tied head counts 0, its matrix is the embedding's."""
+    """Parameters by part. The ``PARTS`` sum to ``total``; a tied head counts 0, its matrix is the embedding's."""
 
     embedding: int
     prelude: int
@@ -64,7 +81,9 @@ class ParameterCount:
 
 
 # The fields of ``ParameterCount`` that sum to ``total``, in the order of the forward.
-PARTS = tuple(f.name for f in fields(ParameterCount) if f.name not in ("total", "active_per_loop", "active", "executed"))
+PARTS = tuple(
+    f.name for f in fields(ParameterCount) if f.name not in ("total", "active_per_loop", "active", "executed")
+)
 
 
 def meta_model(config: IceConfig) -> IceModel:
@@ -76,22 +95,21 @@ def meta_model(config: IceConfig) -> IceModel:
 def count_parameters(config: IceConfig, n_loops: int | None = None) -> ParameterCount:
     """Count ``config``'s parameters; ``executed`` is at ``n_loops``, by default ``config.max_loop_iters``."""
     n_loops = config.max_loop_iters if n_loops is None else n_loops
-    counts = {field.name: 0 for field in fields(ParameterCount)}
+    counts = dict.fromkeys(PARTS, 0)
     for name, parameter in meta_model(config).named_parameters():
         counts[_part_of(name)] += parameter.numel()
-    total = sum(counts.values())
     per_loop = sum(counts[part] for part in _USED_EACH_LOOP)
     if config.n_experts:
         per_loop += counts["core_experts"] * config.n_experts_per_tok // config.n_experts
     outside = counts["prelude"] + counts["coda"] + counts["final_norms"]
     head = counts["embedding"] if config.tie_embeddings else counts["head"]
-    counts |= {
-        "total": total,
-        "active_per_loop": per_loop,
-        "active": counts["embedding"] + outside + counts["head"] + per_loop,
-        "executed": config.dim + outside + head + n_loops * per_loop,
-    }
-    return ParameterCount(**counts)
+    return ParameterCount(
+        **counts,
+        total=sum(counts.values()),
+        active_per_loop=per_loop,
+        active=counts["embedding"] + outside + counts["head"] + per_loop,
+        executed=config.dim + outside + head + n_loops * per_loop,
+    )
 
 
 def _part_of(name: str) -> str:

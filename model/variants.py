@@ -1,5 +1,6 @@
-"""The named sizes. Width, experts, loops, context and longest answer are the specification's; the rest is solved.
+"""The named sizes, as functions whose keyword arguments replace fields: ``ice_1b(max_seq_len=8192)``.
 
+Width, experts, loops, context and longest answer are the specification's; the rest is solved:
 ``expert_dim`` is what makes the total parameters land on the name: with one recurrent layer nearly all of them are
 experts. From 10B on attention is MLA (its cache does not grow with heads, and a looped model keeps one per loop), and
 from 50B on routing is limited to 4 of 8 expert groups, as in DeepSeek-V3, so that a token's experts live on few nodes.
@@ -7,6 +8,7 @@ from 50B on routing is limited to 4 of 8 expert groups, as in DeepSeek-V3, so th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Callable
 from typing import Any
 
@@ -196,7 +198,12 @@ _GROUPS: dict[str, Any] = {"moe_n_groups": 8, "moe_topk_groups": 4}
 def _variant(overrides: dict[str, Any], **fields: Any) -> IceConfig:
     return IceConfig.model_validate(fields | overrides)
 
+
 VARIANTS: dict[str, Callable[[], IceConfig]] = {
-    preset.__name__: preset
-    for preset in (ice_tiny, ice_1b, ice_3b, ice_10b, ice_50b, ice_100b, ice_500b, ice_1t)
+    preset.__name__: preset for preset in (ice_tiny, ice_1b, ice_3b, ice_10b, ice_50b, ice_100b, ice_500b, ice_1t)
+}
+
+
+VARIANTS: dict[str, Callable[..., IceConfig]] = {
+    build.__name__: build for build in (ice_tiny, ice_1b, ice_3b, ice_10b, ice_50b, ice_100b, ice_500b, ice_1t)
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +170,10 @@ class TrainingEngine:
 
     def __init__(self, config: TrainingConfig, place: Place) -> None:
         """Start the process group, build the model from ``run.seed`` and hand it to DeepSpeed."""
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, after a warning
+        # DeepSpeed 0.19 calls collectives under names that torch 2.13 has begun to rename.
+        warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
         # Importing DeepSpeed takes seconds and prints; a configuration error or --dry-run should not wait for it.
         import deepspeed
         from deepspeed.accelerator import get_accelerator

@@ -21,13 +21,14 @@ from data_pipeline.progress import Reporter
 WORDS = (
     "the of and to that have with river mountain letter evening market captain garden winter question answer window "
     "morning travel reason silver number water service request table history village harbour people music"
-).split()
+)
 
 
 def make_text(generator: random.Random, sentences: int = 30) -> str:
     """Unrepetitive English-looking text."""
     return " ".join(
-        " ".join(generator.choices(WORDS, k=generator.randint(6, 14))).capitalize() + "." for _ in range(sentences)
+        " ".join(generator.choices(WORDS.split(), k=generator.randint(6, 14))).capitalize() + "."
+        for _ in range(sentences)
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import stages
 from data_pipeline.config import DataSettings
 from data_pipeline.dataset import open_dataset
 from data_pipeline.executors import create_executor
@@ -149,8 +150,8 @@ def test_a_run_cut_off_in_any_stage_leaves_no_data_set_and_the_next_one_finishes
 ) -> None:
     output = tmp_path / "data"
     settings = settings_for(small_corpus, output)
-    names = ("exact", "split", "shards")
-    for name in names:
+    original = stages._write_record
+    for name in ("exact", "split", "shards"):
         with monkeypatch.context() as patch:
 
             def cut_off(folder: Path, key: str, name: str = name) -> str:
@@ -158,9 +159,6 @@ def test_a_run_cut_off_in_any_stage_leaves_no_data_set_and_the_next_one_finishes
                     raise KeyboardInterrupt
                 return original(folder, key)
 
-            from data_pipeline import stages
-
-            original = stages._write_record
             patch.setattr(stages, "_write_record", cut_off)
             with pytest.raises(KeyboardInterrupt):
                 run_pipeline(settings)
@@ -237,15 +235,24 @@ def test_a_split_that_stays_empty_names_its_setting(
         run_pipeline(settings)
 
 
-def test_two_runs_on_one_output_do_not_mix(
-    small_corpus: Path, tmp_path: Path, settings_for: SettingsFor, run_pipeline: RunPipeline
+def test_two_runs_on_one_output_do_not_mix_and_a_killed_one_holds_nothing(
+    repository_root: Path, small_corpus: Path, tmp_path: Path, settings_for: SettingsFor, run_pipeline: RunPipeline
 ) -> None:
-    from data_pipeline.progress import Reporter
-    from data_pipeline.stages import StageRunner
-
-    runner = StageRunner(tmp_path / "out" / ".stages", Reporter())
-    with runner.lock(), pytest.raises(BadInputError, match="another preparation"):
-        run_pipeline(settings_for(small_corpus, tmp_path / "out"))
+    program = (
+        "import sys; from pathlib import Path; from data_pipeline.progress import Reporter;"
+        "from data_pipeline.stages import StageRunner\n"
+        "with StageRunner(Path(sys.argv[1]), Reporter()).lock(): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out" / ".stages")]
+    settings = settings_for(small_corpus, tmp_path / "out")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=repository_root, text=True, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BadInputError, match="another preparation"):
+            run_pipeline(settings)
+        other.kill()
+    run_pipeline(settings)
 
 
 def test_unavailable_executors_say_what_is_available() -> None:

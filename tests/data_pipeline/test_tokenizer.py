@@ -53,7 +53,7 @@ def test_training_is_deterministic_and_reaches_the_vocabulary(tokenizer: Tokeniz
 
 
 def test_an_unreachable_vocabulary_is_one_line_with_the_setting() -> None:
-    with pytest.raises(BadInputError, match="tokenizer.vocab_size = 5000: cannot be reached") as caught:
+    with pytest.raises(BadInputError, match=r"tokenizer\.vocab_size = 5000: cannot be reached") as caught:
         train_tokenizer(["a b"], 5000)
     assert "\n" not in str(caught.value)
 

@@ -19,7 +19,6 @@ def test_specifications_example_works() -> None:
         ({"dim": 48}, r"head_dim \(dim / n_heads\) = 3: must be even"),
         ({"attn_type": "mla", "qk_rope_head_dim": 5}, "qk_rope_head_dim = 5: must be even"),
         ({"attn_type": "mla", "qk_norm": True}, "qk_norm = true: only attn_type = gqa"),
-        ({"max_seq_len": 100}, "max_output_tokens = 4096: must be at most max_seq_len = 100"),
         ({"expert_dim": 100}, "expert_dim = 100: must be a multiple of 8"),
         ({"moe_n_groups": 5}, "n_experts = 64: must be a multiple of moe_n_groups = 5"),
         ({"moe_n_groups": 64}, "moe_n_groups = 64: leaves 1 expert in a group"),

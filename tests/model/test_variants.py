@@ -4,7 +4,8 @@ import pytest
 
 import model
 from model import IceConfig, IceModel, count_parameters, training_flops_per_token
-from model.parameters import meta_model
+from model.parameters import PARTS, meta_model
+from model.variants import VARIANTS
 
 K, M = 1024, 1024 * 1024
 # name: total, dim, experts, loops, context, longest answer (the specification's table)
@@ -35,11 +36,13 @@ def test_variant_is_the_specifications_and_its_size_is_its_name(name: str) -> No
     assert count_parameters(config).total == parameters
 
 
-@pytest.mark.parametrize("name", [*TABLE, "ice_tiny"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_variant_scaled_down_builds_and_counts_as_built(name: str) -> None:
     config = preset(name).scaled_down()
     count = count_parameters(config)
     assert count.total == sum(p.numel() for p in IceModel(config).parameters())
+    assert count.total == sum(getattr(count, part) for part in PARTS)
+    assert set(VARIANTS) == {*TABLE, "ice_tiny"}
 
 
 def test_overrides_replace_fields_and_are_checked() -> None:
