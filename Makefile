@@ -20,11 +20,13 @@ VENV_PYTHON := .venv/bin/python
 CHECKED := launch pretrain model data_pipeline
 
 # The stamps say what they are the result of, so that a moved checkout or an emptied cache is noticed:
-# .installed holds this folder's path (scripts in .venv/bin hold it too), .prebuilt the path of the compiled kernel.
+# .installed holds this folder's path (scripts in .venv/bin hold it too), .prebuilt the path of the compiled kernel. That
+# lies in one cache for all checkouts, and torch compiles it again when the last to do so was another one.
 ifneq ($(shell cat .venv/.installed 2>/dev/null),$(CURDIR))
 .venv/.installed: FORCE
 endif
-ifeq ($(shell built="$$(cat .venv/.prebuilt 2>/dev/null)" && test -n "$$built" && test -e "$$built" && echo yes),)
+ifeq ($(shell built="$$(cat .venv/.prebuilt 2>/dev/null)" && test -e "$$built" && \
+    { test ! -e "$${built%/*}/build.ninja" || grep -qF '$(CURDIR)/.venv' "$${built%/*}/build.ninja"; } && echo yes),)
 .venv/.prebuilt: FORCE
 endif
 
@@ -34,6 +36,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.prebuilt ## create .venv, install everything, compile what would otherwise be compiled later
+	@:
 
 data: setup ## prepare the demo's corpus: text to token shards
 	@$(VENV_PYTHON) data_pipeline/main.py --config configs/data/demo.json

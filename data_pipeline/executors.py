@@ -17,6 +17,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
+from data_pipeline.no_orphans import exit_with_the_run, kill_forked_children_with_this_process
 from launch.settings import BadInputError
 
 EXECUTORS = ("local", "slurm", "mpi")
@@ -34,6 +35,7 @@ class _QuietLocalPipelineExecutor(LocalPipelineExecutor):
     """datatrove's local executor without its chatter on the terminal."""
 
     def _launch_run_for_rank(self, rank: int, *args: Any, **kwargs: Any) -> Any:
+        exit_with_the_run()
         with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
             try:
                 return super()._launch_run_for_rank(rank, *args, **kwargs)
@@ -50,6 +52,7 @@ class LocalExecutor:
     def run(self, pipeline: Sequence[PipelineStep], tasks: int, logs: Path) -> None:
         """Run ``tasks`` tasks of ``pipeline``; datatrove's own completion markers are not used (see stages.py)."""
         logger.remove()
+        kill_forked_children_with_this_process()
         # Workers are forked from a server that has these imported already: a start costs milliseconds, not seconds.
         multiprocess.set_forkserver_preload(WORKER_MODULES)
         _QuietLocalPipelineExecutor(

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 from rich.panel import Panel
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from launch.settings import EXIT_FAILED, EXIT_FINISHED, load_settings
 
+ROOT = Path(__file__).resolve().parent.parent
 DATA_CONFIG = "configs/data/demo.json"
 RUN_CONFIG = "configs/ice_tiny.json"
 RANKS = 2
@@ -110,7 +110,9 @@ def _is_trained() -> bool:
     config = _config()
     record = config.run.path / "config.json"
     last = config.run.path / "checkpoints" / step_folder_name(config.schedule.steps) / "manifest.json"
-    return last.is_file() and record.is_file() and json.loads(record.read_text()) == config.model_dump(mode="json")
+    if not (last.is_file() and record.is_file()):
+        return False
+    return bool(json.loads(record.read_text()) == config.model_dump(mode="json"))
 
 
 def _print_summary(console: Console) -> None:

@@ -43,7 +43,9 @@ def discover_place() -> Place:
     """Rank and number of ranks, from the launcher, from MPI, or alone."""
     place = Place(_read_integer(_RANK_VARIABLES, 0), _read_integer(_SIZE_VARIABLES, 1))
     if not 0 <= place.rank < place.world_size:
-        raise BadInputError(f"environment: RANK = {place.rank}: must be from 0 to WORLD_SIZE - 1 = {place.world_size - 1}")
+        raise BadInputError(
+            f"environment: RANK = {place.rank}: must be from 0 to WORLD_SIZE - 1 = {place.world_size - 1}"
+        )
     return place
 
 

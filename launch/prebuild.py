@@ -1,9 +1,10 @@
 """Build DeepSpeed's shared-memory communication kernel before anyone waits for it.
 
-On CPU every rank loads ``deepspeed_shm_comm``, which torch compiles on first use (45 to 100 s) and caches for each
-user in ``~/.cache/torch_extensions``; an environment at another path compiles it again. Left alone, that first use is inside the first training run, in silence. So
-``make setup`` calls this: it compiles the kernel, says so, and writes where it lies to ``--stamp``, which lets make
-see later whether the cache still holds it. On an accelerator other than the CPU there is nothing to build.
+On CPU every rank loads ``deepspeed_shm_comm``, which torch compiles on first use (45 to 140 s) and caches for each
+user in ``~/.cache/torch_extensions``; an environment at another path compiles it again. Left alone, that first use is
+inside the first training run, in silence. So ``make setup`` calls this: it compiles the kernel, says so, and writes
+where it lies to ``--stamp``, which lets make see later whether the cache still holds it. On an accelerator other than
+the CPU there is nothing to build.
 
 A build that was killed leaves torch's lock file behind, and every later process would wait for it for ever; a lock
 that no process holds open is removed here. (A home directory shared by machines that build at the same moment can

@@ -80,12 +80,6 @@ class ParameterCount:
         return self.core_experts + in_full
 
 
-# The fields of ``ParameterCount`` that sum to ``total``, in the order of the forward.
-PARTS = tuple(
-    f.name for f in fields(ParameterCount) if f.name not in ("total", "active_per_loop", "active", "executed")
-)
-
-
 def meta_model(config: IceConfig) -> IceModel:
     """The model with shapes and no memory."""
     with torch.device("meta"):

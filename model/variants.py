@@ -9,7 +9,6 @@ from 50B on routing is limited to 4 of 8 expert groups, as in DeepSeek-V3, so th
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Callable
 from typing import Any
 
 from model.config import IceConfig
@@ -197,11 +196,6 @@ _GROUPS: dict[str, Any] = {"moe_n_groups": 8, "moe_topk_groups": 4}
 
 def _variant(overrides: dict[str, Any], **fields: Any) -> IceConfig:
     return IceConfig.model_validate(fields | overrides)
-
-
-VARIANTS: dict[str, Callable[[], IceConfig]] = {
-    preset.__name__: preset for preset in (ice_tiny, ice_1b, ice_3b, ice_10b, ice_50b, ice_100b, ice_500b, ice_1t)
-}
 
 
 VARIANTS: dict[str, Callable[..., IceConfig]] = {

@@ -143,7 +143,7 @@ class Checkpointer:
     def _newest_valid(self) -> Path | None:
         place = self.engine.place
         # Only the first rank lists the folder: a network file system may show the others an older one.
-        names = self.engine.gather_objects([path.name for path in reversed(_committed(self.folder))])[0]
+        names: list[str] = self.engine.gather_objects([path.name for path in reversed(_committed(self.folder))])[0]
         for name in names:
             problems = self.engine.gather_objects(find_damage(self.folder / name, place.rank, place.world_size))
             damage = next((problem for problem in problems if problem is not None), None)
@@ -232,7 +232,13 @@ def _random_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            kind,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

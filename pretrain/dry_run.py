@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.manifest import MANIFEST_NAME
 from launch.environment import discover_place
 from launch.settings import EXIT_FINISHED
 from model.parameters import PARTS, count_parameters
@@ -33,6 +34,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     console.print(_parameter_table(config))
     tokens_per_step = config.data.global_batch_size * config.data.sequence_length
     why = " (the smallest for this expert-parallel size; choose with --ranks)" if assumed else ""
+    is_prepared = (Path(config.data.path) / MANIFEST_NAME).is_file()
     facts = {
         "run directory": config.run.path,
         "ranks": f"{world_size}{why}",
@@ -42,7 +44,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         "tokens in all": f"{tokens_per_step * config.schedule.steps:,}",
         "loops": f"{config.loop.distribution}, mean {config.mean_loops}, gradients through "
         f"{config.loop.grad_loops or 'all'}",
-        "data set": f"{config.data.path}{'' if (Path(config.data.path) / 'manifest.json').is_file() else ' (not here)'}",
+        "data set": f"{config.data.path}{'' if is_prepared else ' (not here)'}",
     }
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():

@@ -9,8 +9,8 @@ What is asked of the engine, and why it is asked this way:
 - The learning rate is a pure function of the step and is written into the optimizer's groups before each step; no
   scheduler state exists.
 - Ending: a rank that leaves the interpreter while gloo threads live can abort after its work is done, so a successful
-  run destroys the engine, meets the others at a barrier and destroys the process group. A failing one must not: it could
-  wait for ever.
+  run destroys the engine, meets the others at a barrier and destroys the process group. A failing one must not: it
+  could wait for ever.
 """
 
 from __future__ import annotations
@@ -85,13 +85,17 @@ def deepspeed_config(config: TrainingConfig, world_size: int, precision: Precisi
 
 
 def _clips_here(config: TrainingConfig, precision: PrecisionChoice) -> bool:
-    """Without ZeRO and in fp32 DeepSpeed clips by the *mean* of the ranks' norms, which differ under expert parallelism."""
+    """Without ZeRO and in fp32 DeepSpeed clips by the *mean* of the ranks' norms, and experts make those differ."""
     return config.parallel.zero_stage == 0 and precision.name == "fp32"
 
 
 def _zero_section(config: TrainingConfig) -> dict[str, Any]:
     parallel = config.parallel
-    section: dict[str, Any] = {"stage": parallel.zero_stage, "contiguous_gradients": True, "overlap_comm": False}
+    section: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+    }
     for key, device in (
         ("offload_optimizer", parallel.offload_optimizer),
         ("offload_param", parallel.offload_parameters),
@@ -187,11 +191,11 @@ class TrainingEngine:
         self.place = place
         self.precision = choose_precision(config.precision.dtype, accelerator.device_name())
         if self.precision.name == "fp16" and not accelerator.is_fp16_supported():
-            raise BadInputError(f'precision.dtype = "fp16": not supported on this {accelerator.device_name()}; use auto')
+            raise BadInputError(f'precision.dtype = "fp16": this {accelerator.device_name()} has none; use "auto"')
         if self.precision.name != "fp32" and config.parallel.zero_stage == 0:
-            # Measured: DeepSpeed's stage-0 wrapper of 16-bit weights drifts from stage 1 within two steps (docs/LOG.md).
+            # Measured: DeepSpeed's stage-0 wrapper of 16-bit weights drifts from stage 1 in two steps (docs/LOG.md).
             raise BadInputError(
-                f'parallel.zero_stage = 0: with {self.precision.name} weights needs stage 1 or more; set it to 1, or '
+                f"parallel.zero_stage = 0: with {self.precision.name} weights needs stage 1 or more; set it to 1, or "
                 'precision.dtype to "fp32"'
             )
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -227,9 +231,7 @@ class TrainingEngine:
 
     def forward(self, input_ids_BS: Tensor, n_loops: int, grad_loops: int | None = None) -> LoopedOutput:
         """Logits and loop measurements of a micro-batch."""
-        output: LoopedOutput = self._engine(
-            input_ids_BS, n_loops=n_loops, grad_loops=grad_loops, return_output=True
-        )
+        output: LoopedOutput = self._engine(input_ids_BS, n_loops=n_loops, grad_loops=grad_loops, return_output=True)
         return output
 
     def backward(self, loss: Tensor) -> None:

@@ -61,9 +61,9 @@ class Tally:
         counted_BS = targets_BS != IGNORED_TARGET
         losses = token_losses(logits_BSV, targets_BS.to(logits_BSV.device)).cpu()[counted_BS].double()
         bytes_ = self._token_bytes_V[targets_BS[counted_BS]].double()
-        domain = batch.domain_ids[counted_BS].long() if batch.domain_ids is not None else torch.zeros_like(bytes_).long()
+        domain = torch.zeros_like(targets_BS) if batch.domain_ids is None else batch.domain_ids
         for row, values in enumerate((losses, torch.ones_like(losses), bytes_)):
-            self._sums[row].index_add_(0, domain, values)
+            self._sums[row].index_add_(0, domain[counted_BS], values)
 
     def values(self) -> list[float]:
         """The sums, flat, for a reduction over ranks."""

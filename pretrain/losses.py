@@ -10,9 +10,7 @@ IGNORED_TARGET = -100
 
 def language_model_loss(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Mean cross-entropy in nats a token; targets of ``IGNORED_TARGET`` do not count."""
-    return functional.cross_entropy(
-        logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED_TARGET
-    )
+    return functional.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED_TARGET)
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

@@ -101,7 +101,11 @@ def train(config: TrainingConfig, place: Place) -> int:
     )
     notices: list[str] = []
     checkpointer = Checkpointer(checkpoints, config.checkpoint, identity, engine, notices.append)
-    resumed = checkpointer.resume()
+    try:
+        resumed = checkpointer.resume()
+    except BadInputError:
+        engine.close()  # every rank has come to the same refusal
+        raise
     wandb_id = engine.gather_objects(new_wandb_id())[0]
     start = resumed or TrainingState(step=0, next_sample=0, tokens=0, wandb_id=wandb_id)
     if place.is_first:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.metrics import read_metrics
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 
 def _smoothed(values: list[float], window: int) -> list[float]:

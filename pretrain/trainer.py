@@ -112,7 +112,7 @@ class Trainer:
         if math.isfinite(result.loss) and finite_norm:
             return
         raise TrainingFailedError(
-            f"step {step}: loss {result.loss}, gradient norm {result.outcome.grad_norm}: not finite; sample ids of rank "
-            f"{self.engine.place.rank}: {[i for batch in batches for i in batch.sample_ids]}. The last checkpoint is "
-            "untouched; lower optim.lr, or look at these samples"
+            f"step {step}: loss {result.loss}, gradient norm {result.outcome.grad_norm}: not finite; rank "
+            f"{self.engine.place.rank} had samples {[i for batch in batches for i in batch.sample_ids]}. The last "
+            "checkpoint is untouched; lower optim.lr, or look at these samples"
         )

@@ -48,6 +48,18 @@ def test_prefill_and_decode_equal_the_full_forward(model: IceModel, n_loops: int
             assert cache.length == 14
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_decoding_in_half_precision_stays_near_the_full_forward(attn_type: str, dtype: torch.dtype) -> None:
+    config = IceConfig(attn_type=attn_type, n_experts=0).scaled_down()  # a flipped route is a different function
+    model = IceModel(config).eval().to(dtype)
+    ids, cache = prompt(model, length=12), Cache()
+    with torch.no_grad():
+        expected = model(ids)
+        pieces = [model(part, cache=cache) for part in ids.split([6, 1, 1, 4], dim=1)]
+    assert (torch.cat(pieces, dim=1) - expected).float().norm() < 0.02 * expected.float().norm()
+
+
 @pytest.mark.parametrize("n_loops", [1, 4])
 def test_generation_with_the_cache_equals_generation_without(model: IceModel, n_loops: int) -> None:
     ids = prompt(model)
