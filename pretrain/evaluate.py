@@ -128,6 +128,13 @@ def default_depths(mean_loops: int) -> list[int]:
     return sorted({1, 2, mean_loops, 2 * mean_loops})
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def _depth_list(text: str) -> list[int]:
     depths = [int(part) for part in text.split(",")]
     if min(depths) < 1:
@@ -140,7 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Held-out bits per byte of a run's newest checkpoint, by loop depth.")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory, such as runs/ice_tiny")
     parser.add_argument("--loops", type=_depth_list, metavar="1,2,4", help="depths; default 1, 2, T, 2T")
-    parser.add_argument("--sequences", type=int, help="validation sequences; default eval.sequences of the run")
+    parser.add_argument(
+        "--sequences",
+        type=_positive,
+        metavar="N",
+        help="how many validation sequences, evenly spaced; default all",
+    )
     options = parser.parse_args(arguments)
     results = evaluate_run(options.run, options.loops, options.sequences)
     console = Console()
@@ -160,7 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | None = None) -> dict[int, Evaluation]:
-    """Evaluate the newest intact checkpoint of ``run`` at ``depths``; writes ``evaluation.json`` and a picture."""
+    """Evaluate the newest intact checkpoint of ``run`` at ``depths`` on ``sequences`` of the validation split.
+
+    None means the default depths, and the whole split. Writes ``evaluation.json`` and a picture.
+    """
     if not (run / "config.json").is_file():
         raise BadInputError(f"{run}: not a run directory (no config.json); train first, or name another with --run")
     config = load_settings(TrainingConfig, run / "config.json")
@@ -169,7 +184,7 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
     model = load_model(checkpoint / WEIGHTS)
     tokens = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
     batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
-    batches = list(validation_batches(tokens, batch_size, 0, 1, limit=sequences or config.eval.sequences))
+    batches = list(validation_batches(tokens, batch_size, 0, 1, limit=sequences))
     token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
     results: dict[int, Evaluation] = {}
     for depth in depths or default_depths(config.mean_loops):

@@ -121,6 +121,11 @@ def train(config: TrainingConfig, place: Place) -> int:
     trainer = Trainer(config, engine, loader, Evaluator(config, dataset, held_out), checkpointer, log, stop)
     try:
         status = trainer.train(start)
+    except BadInputError as error:
+        # Found while training, perhaps by this rank alone (a damaged shard on one node): the others stay silent.
+        if not place.is_first:
+            print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        raise
     except TrainingFailedError as error:
         log.say(f"error: {error}")
         log.close()

@@ -1,0 +1,313 @@
+"""Jobs for a :class:`rank_pool.RankPool`: each is called by every rank at once and returns plain values or tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from scenarios import Step, Trace, selection_bias, tokens_of_step
+from torch import Tensor
+
+from launch.environment import discover_place
+from launch.settings import parse_settings
+from model.expert_parallel import is_local_expert, to_plain_names
+from pretrain.config import TrainingConfig, check_topology
+from pretrain.engine import TrainingEngine
+from pretrain.losses import language_model_loss
+
+
+def start_engine(values: dict[str, Any], routing: str = "ordinary") -> TrainingEngine:
+    """An engine over all ranks, with the selection biases that force ``routing``."""
+    config = parse_settings(TrainingConfig, values, "scenario")
+    place = discover_place()
+    check_topology(config, place.world_size, "scenario")
+    engine = TrainingEngine(config, place)
+    for bias in engine.selection_biases().values():
+        bias.copy_(selection_bias(routing, config.model.n_experts))
+    return engine
+
+
+def end_engine(engine: TrainingEngine) -> None:
+    """Free the engine and keep the process group for the next job."""
+    engine._engine.destroy()
+
+
+def micro_batches(engine: TrainingEngine, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of the global batch, as ``BatchLoader`` deals it: contiguous, cut into micro-batches."""
+    inputs, targets = tokens_of_step(step)
+    place, size = engine.place, engine.config.parallel.micro_batch_size
+    share = len(inputs) // place.world_size
+    for start in range(place.rank * share, (place.rank + 1) * share, size):
+        yield inputs[start : start + size], targets[start : start + size]
+
+
+def whole_gradients(engine: TrainingEngine) -> dict[str, Tensor]:
+    """Every gradient, reduced over ranks and before clipping, under the plain model's names."""
+    from deepspeed.utils import safe_get_full_grad
+
+    def gather() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in engine.model.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = torch.zeros(shape) if gradient is None else gradient.detach().float().reshape(shape).clone()
+            if is_local_expert(name) and engine.config.parallel.expert_parallel_size > 1:
+                whole = engine._gather_experts(whole)
+            yield name, whole
+
+    return dict(to_plain_names(gather()))
+
+
+def train(
+    values: dict[str, Any], steps: list[Step], routing: str = "ordinary", gradients: bool = True
+) -> Trace | None:
+    """The steps of a scenario on the engine; the first rank returns what happened."""
+    engine = start_engine(values, routing)
+    trace = train_on(engine, steps, gradients=gradients)
+    end_engine(engine)
+    return trace if engine.place.is_first else None
+
+
+def train_on(engine: TrainingEngine, steps: list[Step], first_step: int = 0, gradients: bool = False) -> Trace:
+    """Run ``steps``, numbered from ``first_step``."""
+    trace = Trace(weight_steps=len(steps))
+    for number, step in enumerate(steps, start=first_step):
+        losses, logits = [], []
+        for inputs, targets in micro_batches(engine, number):
+            output = engine.forward(inputs, step.loops, step.grad_loops)
+            loss = language_model_loss(output.logits, targets)
+            engine.backward(loss)
+            losses.append(loss.item())
+            logits.append(output.logits.detach().float())
+        if gradients:
+            trace.gradients.append(whole_gradients(engine))
+        outcome = engine.step(engine.config.optim.lr)
+        load = engine.take_expert_load()
+        assert load is not None
+        engine.balance_experts(load)
+        (total,) = engine.sum_over_ranks([sum(losses) / len(losses)])
+        trace.losses.append(total / engine.place.world_size)
+        trace.norms.append(outcome.grad_norm)
+        trace.loads.append(load)
+        if trace.logits is None:
+            trace.logits = torch.cat([part for parts in engine.gather_objects(logits) for part in parts])
+    trace.weights = dict(engine.plain_weights())
+    return trace
+
+
+@contextlib.contextmanager
+def counted_gathers() -> Iterator[list[int]]:
+    """The number of elements of every all-gather into one tensor, which is how ZeRO-3 fetches parameters."""
+    from deepspeed.comm.torch import TorchBackend
+
+    sizes: list[int] = []
+    original = TorchBackend.all_gather_into_tensor
+
+    def counting(self: Any, output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(output_tensor.numel())
+        return original(self, output_tensor, *args, **kwargs)
+
+    with mock.patch.object(TorchBackend, "all_gather_into_tensor", counting):
+        yield sizes
+
+
+@contextlib.contextmanager
+def changed_deepspeed_config(section: str, **keys: Any) -> Iterator[None]:
+    """Engines started inside have these keys in a section of their DeepSpeed configuration."""
+    import pretrain.engine
+
+    original = pretrain.engine.deepspeed_config
+
+    def changed(*arguments: Any) -> dict[str, Any]:
+        config = original(*arguments)
+        config[section].update(keys)
+        return config
+
+    with mock.patch.object(pretrain.engine, "deepspeed_config", changed):
+        yield
+
+
+def gathers_by_depth(values: dict[str, Any], depths: list[int], leaf: bool) -> dict[int, tuple[int, int]]:
+    """All-gathers of parameters, and their elements, in one forward and backward at each depth.
+
+    Each depth has its own engine and is measured in the second step, after ZeRO-3 recorded its trace. Parameters of
+    this size would stay gathered for ever by default; nothing is kept here, as in a model too large to keep.
+    """
+    import deepspeed
+
+    counts = {}
+    nothing_kept = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    for depth in depths:
+        with contextlib.ExitStack() as changes:
+            changes.enter_context(changed_deepspeed_config("zero_optimization", **nothing_kept))
+            if not leaf:
+                changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules", lambda *_: None))
+            engine = start_engine(values)
+        train_on(engine, [Step(depth)])
+        with counted_gathers() as sizes:
+            inputs, targets = next(micro_batches(engine, 1))
+            engine.backward(language_model_loss(engine.forward(inputs, depth).logits, targets))
+        counts[depth] = (len(sizes), sum(sizes))
+        end_engine(engine)
+    return counts
+
+
+def gradients_with(values: dict[str, Any], loops: int, leaf: bool, reentrant: bool) -> dict[str, Tensor]:
+    """First-step gradients with the core as a leaf or not, and the kind of checkpointing."""
+    import deepspeed
+    from torch.utils.checkpoint import checkpoint
+
+    import model.remat
+
+    def reentrant_checkpoint(function: Callable[..., Tensor], *args: Any, **_: Any) -> Tensor:
+        result: Tensor = checkpoint(function, *args, use_reentrant=True, preserve_rng_state=False)
+        return result
+
+    with contextlib.ExitStack() as changes:
+        if not leaf:
+            changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules", lambda *_: None))
+        if reentrant:
+            changes.enter_context(mock.patch.object(model.remat, "checkpoint", reentrant_checkpoint))
+        engine = start_engine(values)
+        trace = train_on(engine, [Step(loops)], gradients=True)
+        end_engine(engine)
+    return trace.gradients[0]
+
+
+def initialise_deepspeed_moe() -> str:
+    """What DeepSpeed says to its own MoE layer under ZeRO-3."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    layer = MoE(hidden_size=16, expert=torch.nn.Linear(16, 16), num_experts=2, ep_size=1)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        "zero_optimization": {"stage": 3},
+    }
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), layer)
+    try:
+        deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def draw_depths(values: dict[str, Any], steps: int) -> list[int]:
+    """The loop counts of a run as this rank draws them, its own generators being anywhere."""
+    from pretrain.loop_depth import sample_loops
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    torch.manual_seed(discover_place().rank)
+    return [sample_loops(config.loop, config.mean_loops, config.run.seed, step) for step in range(1, steps + 1)]
+
+
+def save_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -> Trace:
+    """Train half of ``steps``, save, train the rest; the trace of the rest."""
+    engine = start_engine(values)
+    half = len(steps) // 2
+    train_on(engine, steps[:half])
+    engine.save(folder, "saved")
+    trace = train_on(engine, steps[half:], first_step=half)
+    end_engine(engine)
+    return trace
+
+
+def load_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -> Trace:
+    """The second half of ``save_and_continue``, by a new engine that started from other weights."""
+    engine = start_engine({**values, "run": {"seed": 99}})
+    engine.load(folder, "saved")
+    half = len(steps) // 2
+    trace = train_on(engine, steps[half:], first_step=half)
+    end_engine(engine)
+    return trace
+
+
+def convert_checkpoint(folder: Path, output: Path) -> str:
+    """``ds_to_universal`` on the first rank, and what ``zero_to_fp32`` says to the same files."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if not discover_place().is_first:
+        return ""
+    try:
+        get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="saved")
+        answer = "accepted"
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(folder / "saved"),
+            output_folder=str(output),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+    )
+    return answer
+
+
+def refusal_of(values: dict[str, Any]) -> str:
+    """What starting an engine raises."""
+    try:
+        engine = start_engine(values)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    end_engine(engine)
+    return "accepted"
+
+
+def train_16_bit(values: dict[str, Any], steps: list[Step]) -> tuple[Trace, set[str], str]:
+    """A scenario's trace, the dtypes of the selection biases, and the dtype of the weights."""
+    engine = start_engine(values)
+    trace = train_on(engine, steps)
+    dtypes = {str(bias.dtype) for bias in engine.selection_biases().values()}
+    weights = str(next(engine.model.parameters()).dtype)
+    end_engine(engine)
+    return trace, dtypes, weights
+
+
+def start_with_load_balance_coeff(values: dict[str, Any]) -> str:
+    """What AutoEP says to its own balancing option."""
+    with changed_deepspeed_config("expert_parallel", load_balance_coeff=0.001):
+        return refusal_of(values)
+
+
+def add_ranks() -> int:
+    """The smallest collective."""
+    import deepspeed
+    import torch.distributed as dist
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    total = torch.tensor(discover_place().rank)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def one_rank_waits_for_ever() -> None:
+    """What a collective that only one rank entered looks like."""
+    import torch.distributed as dist
+
+    if discover_place().is_first:
+        dist.all_reduce(torch.zeros(1))
+
+
+def second_rank_raises() -> None:
+    """An ordinary failure of one rank, while the other waits for it."""
+    add_ranks()
+    if not discover_place().is_first:
+        raise ValueError("on purpose")
+    add_ranks()

@@ -1,0 +1,139 @@
+"""A few training steps, twice: by the engine on its ranks, and by plain torch in one process.
+
+The reference knows nothing of engines: ``IceModel``, autograd over the whole global batch, ``clip_grad_norm_``,
+``torch.optim.AdamW``, and balancing written out. Both return a :class:`Trace`, which tests compare.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+VOCABULARY, LENGTH, BATCH = 96, 16, 8
+
+# eps is large: Adam divides by the gradient's size, and the rounding of a gradient near zero must not become a step.
+BASE: dict[str, Any] = {
+    "run": {"seed": 7},
+    "model": {
+        "vocab_size": VOCABULARY,
+        "dim": 32,
+        "max_seq_len": LENGTH,
+        "max_output_tokens": LENGTH,
+        "prelude_layers": 1,
+        "recurrent_layers": 2,
+        "coda_layers": 1,
+        "max_loop_iters": 3,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "ffn_dim": 64,
+        "n_experts": 8,
+        "n_experts_per_tok": 2,
+        "expert_dim": 16,
+        "tie_embeddings": True,
+    },
+    "data": {"path": "unused", "sequence_length": LENGTH, "global_batch_size": BATCH},
+    "optim": {"lr": 0.01, "grad_clip": 0.1, "eps": 1e-4, "expert_bias_update_rate": 0.01},
+    "schedule": {"steps": 10, "warmup_steps": 0},
+    "loop": {"remat": "none"},
+    "precision": {"dtype": "fp32"},
+    "parallel": {"zero_stage": 3, "expert_parallel_size": 1, "micro_batch_size": 1},
+}
+
+ROUTINGS = ("ordinary", "experts_without_tokens", "all_tokens_to_one_expert")
+
+
+def settings(routing: str = "ordinary", **sections: dict[str, Any]) -> dict[str, Any]:
+    """``BASE`` with some sections' keys replaced."""
+    values = copy.deepcopy(BASE)
+    if routing == "all_tokens_to_one_expert":
+        # One choice a token; its gate stays the score, since a normalised gate of one expert is 1 with no gradient.
+        values["model"].update(n_experts_per_tok=1, route_norm=False)
+    for name, keys in sections.items():
+        values[name].update(keys)
+    return values
+
+
+def selection_bias(routing: str, n_experts: int) -> Tensor:
+    """A bias that forces ``routing``; scores lie in (0, 1)."""
+    bias = torch.linspace(-0.05, 0.05, n_experts)  # not zero: it must steer the choice and never the gate
+    if routing == "experts_without_tokens":
+        bias[[1, 2, 6, 7]] = -10.0  # with 4 ranks and EP = 4, the last rank has no token at all
+    if routing == "all_tokens_to_one_expert":
+        bias[5] = 10.0
+    return bias
+
+
+@dataclass(frozen=True)
+class Step:
+    """Depth of one optimizer step."""
+
+    loops: int
+    grad_loops: int | None = None
+
+
+@dataclass
+class Trace:
+    """What happened: per step, and at the end. Names are the plain model's; logits are of the first step."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    loads: list[Tensor] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    logits: Tensor | None = None  # (BATCH, LENGTH, VOCABULARY)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    weight_steps: int = 0
+
+
+def tokens_of_step(step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of the whole global batch."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinary") -> Trace:
+    """The steps in this process: one whole batch, one backward, no engine."""
+    from launch.settings import parse_settings
+    from model import IceModel
+    from model.init import decays
+    from pretrain.config import TrainingConfig
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    torch.manual_seed(config.run.seed)
+    model = IceModel(config.model)
+    routers = [block.ffn.router for block in model.core.blocks]
+    for router in routers:
+        router.e_score_correction_bias.copy_(selection_bias(routing, config.model.n_experts))
+    optim = config.optim
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if decays(n, p)], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in model.named_parameters() if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    trace = Trace(weight_steps=len(steps))
+    for number, step in enumerate(steps):
+        inputs, targets = tokens_of_step(number)
+        logits = model(inputs, step.loops, grad_loops=step.grad_loops)
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        adam.zero_grad()
+        loss.backward()
+        if number == 0:
+            trace.logits = logits.detach()
+        trace.losses.append(loss.item())
+        trace.gradients.append(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        )
+        trace.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)))
+        adam.step()
+        load = model.core.expert_load.take()
+        trace.loads.append(load)
+        for layer, router in enumerate(routers):
+            counts = load[:, layer].sum(0).double()
+            router.e_score_correction_bias += optim.expert_bias_update_rate * torch.sign(counts.mean() - counts).float()
+    trace.weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "head.weight"}
+    return trace
