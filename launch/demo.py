@@ -24,6 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from launch.environment import name_accelerator
 from launch.settings import EXIT_FINISHED, exit_with_status, load_settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def run_demo(overrides: Sequence[str]) -> int:
     from pretrain.config import TrainingConfig
 
     os.chdir(ROOT)
+    name_accelerator()
     started = time.monotonic()
     console = Console(soft_wrap=True, highlight=False)
     config = load_settings(TrainingConfig, ROOT / RUN_CONFIG, overrides)

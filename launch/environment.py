@@ -49,6 +49,14 @@ def discover_place() -> Place:
     return place
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed that this machine has a CPU only, which it would find too, after a warning in every process."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def prepare_rendezvous(place: Place) -> None:
     """Set what torch needs to meet when no launcher did: only for a process that is alone."""
     if place.world_size > 1 or "MASTER_ADDR" in os.environ:

@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+from launch.environment import name_accelerator
 from launch.files import write_atomically
 from launch.settings import EXIT_FAILED, EXIT_FINISHED
 
@@ -49,6 +50,7 @@ def build_communication_kernel() -> Path:
 
     Raises whatever the compiler's failure raises (``RuntimeError``, ``subprocess.CalledProcessError``).
     """
+    name_accelerator()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension

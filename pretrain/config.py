@@ -95,6 +95,7 @@ class LoopSection(Section):
     max_loops: int | None = Field(None, ge=1, description="a draw above is cut; default twice mean_loops")
     sigma: float = Field(0.5, gt=0, description="spread of the log-normal rate, lognormal_poisson only")
     grad_loops: int | None = Field(None, ge=1, description="backpropagate through the last ones only; null is all")
+    ponder_weight: float = Field(0.01, ge=0, description="weight of the ponder cost in the loss; with model.act only")
     remat: Literal["none", "loop"] = Field("loop", description="recompute each loop in the backward pass, or keep it")
 
     @model_validator(mode="after")

@@ -193,7 +193,9 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
             logits: Tensor = model(input_ids_BS, n_loops=n_loops)
             return logits
 
-        watched = track(batches, description=f"evaluating at {depth} loops", transient=True)
+        watched = track(
+            batches, description=f"evaluating at {depth} loops", transient=True, disable=not sys.stdout.isatty()
+        )
         results[depth] = evaluate_plain(forward, watched, list(dataset.domains), token_bytes_V)
     write_json_atomically(
         run / "evaluation.json",

@@ -59,13 +59,10 @@ def plot_losses(metrics_path: Path, picture: Path, reference_bits_per_byte: floa
     norms = [line["grad_norm"] if line["grad_norm"] is not None else math.nan for line in training]
     norm.plot(steps, norms, color="tab:orange", linewidth=0.8)
     norm.set(title="gradient norm before clipping", yscale="log", xlabel="step")
-    residuals = [line["loop_residual"] for line in training]
-    loops.plot(steps, residuals, color="tab:purple", linewidth=0.8, label="||h_T - h_(T-1)|| / ||h_T||")
-    loops.set(title="loop residual, and loops a step", xlabel="step")
-    twin = loops.twinx()
-    twin.scatter(steps, [line["loops"] for line in training], s=1, color="tab:gray", alpha=0.5)
-    twin.set_ylabel("loops", color="tab:gray")
-    loops.legend(loc="upper right", fontsize=8)
+    depths = [line["loops"] for line in training]
+    points = loops.scatter(steps, [line["loop_residual"] for line in training], c=depths, s=4, cmap="viridis_r")
+    loops.set(title="loop residual ||h_T - h_(T-1)|| / ||h_T||", yscale="log", xlabel="step")
+    figure.colorbar(points, ax=loops, label="loops T of the step")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     _write(figure, picture)
@@ -79,6 +76,7 @@ def plot_expert_load(load_TLE: Tensor, picture: Path) -> None:
     for layer, axis in enumerate(axes[0]):
         image = axis.imshow(share_TLE[:, layer], aspect="auto", vmin=0, vmax=2, cmap="viridis", origin="lower")
         axis.set(title=f"core layer {layer}", xlabel="expert", ylabel="loop")
+        axis.set_yticks(range(len(share_TLE)), [str(loop + 1) for loop in range(len(share_TLE))])
     figure.colorbar(image, ax=axes[0].tolist(), label="load over an even share")
     _write(figure, picture)
 

@@ -21,7 +21,7 @@ from pretrain.data import Batch, BatchLoader
 from pretrain.engine import StepOutcome, TrainingEngine
 from pretrain.evaluate import Evaluator
 from pretrain.loop_depth import sample_loops
-from pretrain.losses import language_model_loss
+from pretrain.losses import language_model_loss, training_loss
 from pretrain.preemption import StopRequest
 from pretrain.run_log import RunLog
 from pretrain.schedule import lr_scale
@@ -91,12 +91,12 @@ class Trainer:
 
     def _step(self, batches: list[Batch], loops: int, lr: float) -> StepResult:
         """Accumulate gradients over ``batches``, update weights and router biases, agree on the numbers."""
-        engine = self.engine
+        engine, config = self.engine, self.config
         measured = torch.zeros(3, dtype=torch.float64)
         for batch in batches:
-            output = engine.forward(batch.input_ids.to(engine.device), loops, self.config.loop.grad_loops)
+            output = engine.forward(batch.input_ids.to(engine.device), loops, config.loop.grad_loops)
             loss = language_model_loss(output.logits, batch.targets.to(engine.device))
-            engine.backward(loss)
+            engine.backward(training_loss(loss, output.ponder_cost, config))
             measured += torch.stack([loss.detach(), output.loop_residual, output.ponder_cost.detach()]).double().cpu()
         outcome = engine.step(lr)
         expert_load = engine.take_expert_load()
