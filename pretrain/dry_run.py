@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_pipeline.manifest import MANIFEST_NAME
 from launch.environment import discover_place
-from launch.settings import EXIT_FINISHED
+from launch.settings import EXIT_FINISHED, BadInputError
 from model.parameters import PARTS, count_parameters
 from model.precision import choose_precision
 from pretrain.config import TrainingConfig, check_topology
@@ -24,9 +24,7 @@ from pretrain.engine import deepspeed_config
 def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     """Print the plan of ``config`` for ``ranks`` ranks; returns the exit status."""
     place = discover_place()
-    assumed = ranks is None and place.world_size == 1 and config.parallel.expert_parallel_size > 1
-    world_size = ranks or (config.parallel.expert_parallel_size if assumed else place.world_size)
-    check_topology(config, world_size, str(source))
+    world_size, assumed = _ranks_to_plan_for(config, source, ranks, place.world_size)
     if not place.is_first:
         return EXIT_FINISHED
     console = Console(soft_wrap=True)
@@ -46,15 +44,31 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         f"{config.loop.grad_loops or 'all'}",
         "data set": f"{config.data.path}{'' if is_prepared else ' (not here)'}",
     }
-    table = Table.grid(padding=(0, 2))
+    precision = choose_precision(config.precision.dtype, _device_type())
+    facts["precision here"] = f"{precision.name} ({precision.reason})"
     for name, value in facts.items():
-        table.add_row(name, str(value))
-    console.print(table)
-    precision = choose_precision(config.precision.dtype, "cpu" if assumed else _device_type())
-    console.print(f"precision here     {precision.name} ({precision.reason})", highlight=False)
+        console.print(f"{name:28} {value}", highlight=False)
     console.print("DeepSpeed configuration", highlight=False)
     console.print_json(json.dumps(deepspeed_config(config, world_size, precision)))
     return EXIT_FINISHED
+
+
+def _ranks_to_plan_for(config: TrainingConfig, source: Path, asked: int | None, started: int) -> tuple[int, bool]:
+    """The number of ranks, and whether it was assumed.
+
+    What was asked for with ``--ranks`` must fit. What the launcher happened to start on the machine that plans need
+    not: then the plan is for the smallest number that the expert-parallel size allows.
+    """
+    if asked is not None:
+        check_topology(config, asked, str(source))
+        return asked, False
+    try:
+        check_topology(config, started, str(source))
+    except BadInputError:
+        smallest = config.parallel.expert_parallel_size
+        check_topology(config, smallest, str(source))
+        return smallest, True
+    return started, False
 
 
 def _device_type() -> str:
