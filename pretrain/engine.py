@@ -165,6 +165,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def _restrict_unpickling() -> None:
+    """DeepSpeed unpickles its own files: make torch.load refuse all but tensors, plain containers, and these classes.
+
+    They are what a checkpoint of any ZeRO stage holds besides, by ``get_unsafe_globals_in_checkpoint``: data only,
+    nothing that runs code when it is built.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
 def _forget_empty_step(optimizer: Any) -> None:
     """Set Adam's step count back to 0 after DeepSpeed's stage-0 wrapper of 16-bit weights was built.
 
@@ -173,6 +187,19 @@ def _forget_empty_step(optimizer: Any) -> None:
     """
     for state in optimizer.optimizer.state.values():
         state["step"].zero_()
+
+
+def _load_tensors_only() -> None:
+    """Make ``torch.load`` refuse all but tensors, plain containers and the few classes in DeepSpeed's own files.
+
+    DeepSpeed asks torch to unpickle whatever is there, and a pickle can run any code.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
 
 
 class TrainingEngine:
@@ -192,8 +219,7 @@ class TrainingEngine:
         from deepspeed.accelerator import get_accelerator
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed unpickles its own files; this makes torch.load refuse anything but tensors and plain containers.
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        _restrict_unpickling()
         prepare_rendezvous(place)
         accelerator = get_accelerator()
         self.config = config

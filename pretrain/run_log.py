@@ -33,7 +33,7 @@ class RunLog:
             config.schedule.steps, start.step, config.logging.console_every, enabled=is_first
         )
         self._metrics = MetricsFile(self._path / FILE_NAME, start.step) if is_first else None
-        self._trackers = Trackers(config, self._path, start.wandb_id) if is_first else None
+        self._trackers = Trackers(config, self._path, start.wandb_id, start.step) if is_first else None
 
     def say(self, text: str) -> None:
         """A line on the console."""

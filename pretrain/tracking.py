@@ -22,7 +22,7 @@ def new_wandb_id() -> str:
 class Trackers:
     """The trackers of one run; built on the first rank only."""
 
-    def __init__(self, config: TrainingConfig, run_path: Path, wandb_id: str | None) -> None:
+    def __init__(self, config: TrainingConfig, run_path: Path, wandb_id: str | None, start_step: int) -> None:
         self._wandb_run: Any = None
         self._tensorboard: Any = None
         mode = config.logging.wandb
@@ -45,7 +45,7 @@ class Trackers:
         if config.logging.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_path / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(run_path / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of ``values`` under their names."""

@@ -142,10 +142,8 @@ def test_a_looped_leaf_is_gathered_once_whatever_the_depth(two_ranks: RankPool) 
     for policy in ("none", "loop"):
         values = settings(loop={"remat": policy})
         leaf = two_ranks.run(rank_jobs.gathers_by_depth, values=values, depths=[1, 6], leaf=True)[0]
-        print(policy, leaf)
         assert leaf[1] == leaf[6]
         plain = two_ranks.run(rank_jobs.gathers_by_depth, values=values, depths=[1, 6], leaf=False)[0]
-        print(policy, plain)
         assert plain[6][0] > 2 * plain[1][0], plain
         assert plain[6][1] > 2 * leaf[6][1], (plain, leaf)
 
@@ -154,15 +152,16 @@ def test_reentrant_checkpointing_of_a_looped_block_is_wrong_and_ours_is_right(tw
     """Fact 4: why ``model/remat.py`` must stay non-reentrant."""
     values = settings(loop={"remat": "loop"})
 
-    def norm(leaf: bool, reentrant: bool) -> float:
-        gradients = two_ranks.run(rank_jobs.gradients_with, values=values, loops=3, leaf=leaf, reentrant=reentrant)[0]
-        return float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
+    right = torch.cat([gradient.flatten() for gradient in reference_of("ordinary").gradients[0].values()])
 
-    right = reference_of("ordinary").norms[0]
-    print(right, norm(leaf=False, reentrant=True))
-    assert norm(leaf=True, reentrant=False) == pytest.approx(right, rel=TOLERANCE)
-    assert norm(leaf=False, reentrant=False) == pytest.approx(right, rel=TOLERANCE)
-    assert norm(leaf=False, reentrant=True) != pytest.approx(right, rel=1e-3)
+    def error(leaf: bool, reentrant: bool) -> float:
+        gradients = two_ranks.run(rank_jobs.gradients_with, values=values, loops=3, leaf=leaf, reentrant=reentrant)[0]
+        got = torch.cat([gradients[name].flatten() for name in reference_of("ordinary").gradients[0]])
+        return float((got - right).norm() / right.norm())
+
+    assert error(leaf=True, reentrant=False) < TOLERANCE
+    assert error(leaf=False, reentrant=False) < TOLERANCE
+    assert error(leaf=False, reentrant=True) > 1000 * TOLERANCE, "DeepSpeed mended it: say so in the design"
 
 
 def test_zero_3_refuses_deepspeeds_own_moe_layer(two_ranks: RankPool) -> None:
@@ -210,19 +209,21 @@ def test_without_zero_16_bit_weights_are_refused(two_ranks: RankPool) -> None:
         assert answer.startswith("BadInputError: parallel.zero_stage = 0")
 
 
-def test_a_loaded_checkpoint_continues_to_the_bit_and_converts_to_a_universal_one(
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_engines_files_continue_to_the_bit(two_ranks: RankPool, tmp_path: Path, zero_stage: int) -> None:
+    values = settings(parallel={"expert_parallel_size": 2, "zero_stage": zero_stage}, loop={"remat": "loop"})
+    steps = [Step(2), Step(3)] * 2
+    saved = two_ranks.run(rank_jobs.save_and_continue, values=values, folder=tmp_path, steps=steps)[0]
+    loaded = two_ranks.run(rank_jobs.load_and_continue, values=values, folder=tmp_path, steps=steps)[0]
+    assert_bitwise_equal(loaded, saved)
+
+
+def test_zero_to_fp32_refuses_an_autoep_checkpoint_and_the_universal_format_loses_adams_step(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """Fact 7. The universal conversion of ZeRO-3 loses Adam's step; a plain resume does not."""
-    values = settings(parallel={"expert_parallel_size": 2}, loop={"remat": "loop"})
-    saved = two_ranks.run(rank_jobs.save_and_continue, values=values, folder=tmp_path, steps=[Step(2), Step(3)] * 2)[0]
-    loaded = two_ranks.run(rank_jobs.load_and_continue, values=values, folder=tmp_path, steps=[Step(2), Step(3)] * 2)[0]
-    assert loaded.losses == saved.losses
-    assert loaded.norms == saved.norms
-    for name, weight in saved.weights.items():
-        # The engine's files hold the biases as they were written by AutoEP; ours are beside them (pretrain/checkpoint).
-        assert torch.equal(loaded.weights[name], weight), name
-
+    """Fact 7: why ``checkpoint.plain_weights`` exists, and what a universal resume would have to mend."""
+    values = settings(parallel={"expert_parallel_size": 2})
+    two_ranks.run(rank_jobs.save_and_continue, values=values, folder=tmp_path, steps=[Step(2), Step(3)])
     output = tmp_path / "universal"
     answer = two_ranks.run(rank_jobs.convert_checkpoint, folder=tmp_path, output=output)[0]
     assert answer != "accepted"
