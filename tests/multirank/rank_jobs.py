@@ -61,9 +61,7 @@ def whole_gradients(engine: TrainingEngine) -> dict[str, Tensor]:
     return dict(to_plain_names(gather()))
 
 
-def train(
-    values: dict[str, Any], steps: list[Step], routing: str = "ordinary", gradients: bool = True
-) -> Trace | None:
+def train(values: dict[str, Any], steps: list[Step], routing: str = "ordinary", gradients: bool = True) -> Trace | None:
     """The steps of a scenario on the engine; the first rank returns what happened."""
     engine = start_engine(values, routing)
     trace = train_on(engine, steps, gradients=gradients)
@@ -311,3 +309,17 @@ def second_rank_raises() -> None:
     if not discover_place().is_first:
         raise ValueError("on purpose")
     add_ranks()
+
+
+def refusal_of_training(values: dict[str, Any]) -> str:
+    """What the training command raises for these settings, without leaving the process group."""
+    from pretrain.main import train as train_command
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    place = discover_place()
+    try:
+        check_topology(config, place.world_size, "scenario")
+        status = train_command(config, place)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"trained to status {status}"

@@ -67,7 +67,9 @@ class RankPool:
             waiting = {self._pipes[rank]: rank for rank in range(self.world_size) if rank not in answers}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._end(f"{job.__name__}: ranks {sorted(waiting.values())} gave no answer in {timeout_seconds} s")
+                raise self._end(
+                    f"{job.__name__}: ranks {sorted(waiting.values())} gave no answer in {timeout_seconds} s"
+                )
             for pipe in ready:
                 rank = waiting[pipe]
                 try:

@@ -198,7 +198,10 @@ def test_bf16_stays_close_to_fp32_and_keeps_selection_biases_in_fp32(two_ranks: 
     assert trace.losses == pytest.approx(expected.losses, rel=0.01)
     assert trace.norms == pytest.approx(expected.norms, rel=0.1)
     # Steps of 0.01 from 0.05 are exact to fp32's rounding only if no bf16 copy was ever written back.
-    for name in ("core.blocks.0.ffn.router.e_score_correction_bias", "core.blocks.1.ffn.router.e_score_correction_bias"):
+    for name in (
+        "core.blocks.0.ffn.router.e_score_correction_bias",
+        "core.blocks.1.ffn.router.e_score_correction_bias",
+    ):
         moved = (trace.weights[name] - torch.linspace(-0.05, 0.05, 8)) / 0.01
         assert (moved - moved.round()).abs().max() < 1e-4
 
@@ -228,7 +231,7 @@ def test_zero_to_fp32_refuses_an_autoep_checkpoint_and_the_universal_format_lose
     answer = two_ranks.run(rank_jobs.convert_checkpoint, folder=tmp_path, output=output)[0]
     assert answer != "accepted"
     assert "AutoEP" in answer
-    parameters = sorted(path.name for path in (output / "zero").iterdir())
+    parameters = sorted(path.name for path in (output / "zero").iterdir() if path.is_dir())
     assert "core.blocks.0.ffn.experts.w1" in parameters
     assert "embed.weight" in parameters
     for name in parameters:

@@ -1,0 +1,303 @@
+"""Whole runs through the real command line: ``deepspeed --num_gpus 2 pretrain/main.py``, killed, resumed, damaged.
+
+One run goes to the end undisturbed. A second one, of the same configuration, is asked to stop, resumed, killed without
+warning, and resumed again; it must end with the same numbers, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import rank_jobs
+from data_pipeline.dataset import open_dataset
+from data_pipeline.publish import build_manifest, publish
+from data_pipeline.shards import ShardWriter
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from rank_pool import RankPool
+
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
+
+STEPS, EVERY = 20, 5
+SAME = ("step", "loss", "lr", "grad_norm", "loops", "tokens", "next_sample", "loop_residual", "expert_load_worst_loop")
+WORDS = "the river and a mountain have met in winter when letters came from some village by the harbour".split()
+VOCABULARY = 300
+
+
+def make_dataset(folder: Path, seed: int) -> Path:
+    """A data set of random sentences in two domains; returns its folder."""
+    generator = random.Random(seed)
+    stage = folder / "stage"
+    stage.mkdir(parents=True)
+    documents = [" ".join(generator.choices(WORDS, k=120)) for _ in range(60)]
+    (stage / "t.model").write_bytes(train_tokenizer(documents, VOCABULARY))
+    tokenizer = Tokenizer.load(stage / "t.model")
+    for split, chosen in (("train", documents[:50]), ("validation", documents[50:])):
+        with ShardWriter(stage / split / "00000_00000.tokens", VOCABULARY) as writer:
+            for number, text in enumerate(chosen):
+                writer.add([*tokenizer.encode(text), tokenizer.end_id], len(text.encode()), number % 2)
+    (stage / "documents.jsonl.gz").write_bytes(b"")
+    (stage / "gzip9.json").write_text("1000")
+    manifest, sources = build_manifest("made", stage, stage / "t.model", ["even", "odd"], "0" * 64)
+    publish(manifest, sources, {}, folder / "data")
+    open_dataset(folder / "data", verify=True)
+    return folder / "data"
+
+
+def write_config(folder: Path, data: Path, name: str, wandb: str = "disabled") -> Path:
+    """The configuration of a run in ``folder``: every depth, balancing, recomputation, EP = 2."""
+    values = {
+        "run": {"name": name, "dir": str(folder / "runs"), "seed": 11},
+        "model": {
+            "vocab_size": VOCABULARY,
+            "dim": 32,
+            "max_seq_len": 32,
+            "max_output_tokens": 32,
+            "prelude_layers": 1,
+            "recurrent_layers": 1,
+            "coda_layers": 1,
+            "max_loop_iters": 3,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "ffn_dim": 64,
+            "n_experts": 8,
+            "n_experts_per_tok": 2,
+            "expert_dim": 16,
+            "tie_embeddings": True,
+            "initial_state": "random",
+        },
+        "data": {"path": str(data), "sequence_length": 32, "global_batch_size": 16},
+        "optim": {"lr": 0.01},
+        "schedule": {"steps": STEPS, "warmup_steps": 3},
+        "loop": {"distribution": "poisson", "mean_loops": 3, "grad_loops": 2},
+        "precision": {"dtype": "fp32"},
+        "parallel": {"zero_stage": 3, "expert_parallel_size": 2, "micro_batch_size": 2},
+        "checkpoint": {"every": EVERY, "keep_last": 2},
+        "eval": {"every": 10, "sequences": 8},
+        "logging": {"wandb": wandb, "tensorboard": False, "plot": False, "console_every": 1},
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+class Launch:
+    """A training command in a session of its own, so that killing it cannot miss a rank or hit anyone else."""
+
+    def __init__(self, root: Path, config: Path, *arguments: str) -> None:
+        self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
+        launcher = Path(sys.executable).parent / "deepspeed"
+        port = random.SystemRandom().randrange(20000, 30000)  # runs beside this one use the launcher's default
+        command = [str(launcher), "--num_gpus", "2", "--master_port", str(port), "--log_level", "error"]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, "pretrain/main.py", "--config", str(config), *arguments],
+                cwd=root,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def ranks(self) -> list[psutil.Process]:
+        """The two training processes, in rank order."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        ranks = [child for child in children if "--local_rank=" in " ".join(child.cmdline())]
+        return sorted(
+            (rank for rank in ranks if "launcher.launch" not in " ".join(rank.cmdline())),
+            key=lambda rank: next(part for part in rank.cmdline() if part.startswith("--local_rank=")),
+        )
+
+    def kill(self) -> None:
+        """SIGKILL the launcher and all ranks at once."""
+        doomed = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in doomed:
+            process.kill()
+        psutil.wait_procs(doomed, timeout=20)
+        self.process.wait()
+
+    def end(self, timeout_seconds: float = 150) -> tuple[int, str]:
+        """Exit status and output."""
+        try:
+            status = self.process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"no end in {timeout_seconds} s:\n{self.log.read_text()[-5000:]}")
+        return status, self.log.read_text()
+
+    def wait_for_step(self, run: Path, step: int, timeout_seconds: float = 120) -> None:
+        """Return when ``metrics.jsonl`` has a line of ``step``."""
+        deadline = time.monotonic() + timeout_seconds
+        while not any(line["step"] >= step for line in training_lines(run)):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"step {step} was not reached:\n{self.log.read_text()[-5000:]}")
+            time.sleep(0.01)
+
+
+def training_lines(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line for line in map(json.loads, whole) if "loss" in line]
+
+
+def evaluation_lines(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "validation_bits_per_byte" in line]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """The same numbers in every step and evaluation, the same last weights and biases, byte for byte."""
+    got, wanted = training_lines(run), training_lines(expected)
+    assert [line["step"] for line in got] == list(range(1, STEPS + 1))
+    for line, other in zip(got, wanted, strict=True):
+        assert {key: line[key] for key in SAME} == {key: other[key] for key in SAME}
+    assert evaluation_lines(run) == evaluation_lines(expected)
+    last = f"checkpoints/step_{STEPS:08d}"
+    for name in ("biases.safetensors", "weights/model-00000.safetensors"):
+        assert (run / last / name).read_bytes() == (expected / last / name).read_bytes(), name
+
+
+def committed(run: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with ``data`` and ``other/data``, and the processes of failed tests ended at last."""
+    folder = tmp_path_factory.mktemp("training")
+    make_dataset(folder, seed=1)
+    make_dataset(folder / "other", seed=2)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, repository_root: Path) -> Path:
+    """The run directory of 20 steps in one go."""
+    status, output = Launch(repository_root, write_config(place, place / "data", "undisturbed")).end()
+    assert status == 0, output
+    return place / "runs" / "undisturbed"
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
+    lines = training_lines(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["next_sample"] for line in lines] == [16 * step for step in range(1, STEPS + 1)]
+    assert len({line["loops"] for line in lines}) > 2
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert {"loss", "lr", "grad_norm", "loops", "tokens", "tokens_per_second", "step_seconds"} <= lines[0].keys()
+    assert [line["step"] for line in evaluation_lines(undisturbed)] == [10, 20]
+    assert committed(undisturbed) == [15, 20]
+    assert (undisturbed / "checkpoints" / "latest").read_text() == "step_00000020\n"
+    assert json.loads((undisturbed / "config.json").read_text())["run"]["name"] == "undisturbed"
+
+
+def test_a_run_stopped_and_killed_and_resumed_is_the_undisturbed_run_to_the_bit(
+    place: Path, undisturbed: Path, repository_root: Path
+) -> None:
+    config = write_config(place, place / "data", "disturbed", wandb="offline")
+    run = place / "runs" / "disturbed"
+
+    # A scheduler's signal reaches one rank only; both save the same step and leave.
+    launch = Launch(repository_root, config)
+    launch.wait_for_step(run, 6)
+    launch.ranks()[1].send_signal(signal.SIGTERM)
+    status, output = launch.end()
+    assert status == 75, output
+    assert "the same command continues from there" in output
+    stopped_at = committed(run)[-1]
+    assert 6 <= stopped_at < 10, "the machine was slow to deliver a signal"
+
+    launch = Launch(repository_root, config)
+    launch.wait_for_step(run, 11)
+    time.sleep(random.SystemRandom().uniform(0, 0.5))
+    launch.kill()
+    assert f"resuming after step {stopped_at}" in launch.log.read_text()
+    reached = training_lines(run)[-1]["step"]
+    assert 11 <= reached < STEPS, "killed too late to show anything"
+
+    status, output = Launch(repository_root, config).end()
+    assert status == 0, output
+    assert "resuming after step 1" in output
+    assert_same_run(run, undisturbed)
+    ids = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
+    state = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
+    assert ids == {state["wandb_id"]}
+    assert len(list((run / "wandb").glob("offline-run-*"))) >= 2
+
+
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(
+    place: Path, undisturbed: Path, repository_root: Path
+) -> None:
+    run = place / "runs" / "flipped"
+    shutil.copytree(undisturbed, run)
+    damaged = sorted((run / "checkpoints" / "step_00000020" / "engine" / "engine").rglob("*optim_states.pt"))[-1]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+
+    status, output = Launch(repository_root, write_config(place, place / "data", "flipped")).end()
+    assert status == 0, output
+    assert "step_00000020 is damaged" in output
+    assert damaged.name in output
+    assert "another sha256" in output
+    assert "resuming after step 15" in output
+    assert_same_run(run, undisturbed)
+
+
+def test_a_changed_model_ends_with_one_line_and_status_78(
+    place: Path, undisturbed: Path, repository_root: Path
+) -> None:
+    config = write_config(place, place / "data", "undisturbed")
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    status, output = Launch(repository_root, config, "--set", "model.n_experts_per_tok=1").end()
+    assert status == 78, output
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output
+    assert "model.n_experts_per_tok was 2, is 1" in errors[0]
+    assert "Traceback" not in output
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data": {"path": "other/data"}}, "data.fingerprint was"),
+        ({"run": {"seed": 12}}, "data.seed was 11, is 12"),
+        ({"data": {"global_batch_size": 32}}, "data.global_batch_size was 16, is 32"),
+        ({"parallel": {"expert_parallel_size": 1}}, "topology.expert_parallel_size was 2, is 1"),
+        ({"parallel": {"zero_stage": 2}}, "topology.zero_stage was 3, is 2"),
+    ],
+)
+def test_other_data_or_another_topology_is_refused_by_name(
+    two_ranks: RankPool, place: Path, undisturbed: Path, changes: dict[str, dict[str, Any]], expected: str
+) -> None:
+    values = json.loads(write_config(place, place / "data", "undisturbed").read_text())
+    for section, keys in changes.items():
+        values[section].update(keys)
+    if "path" in changes.get("data", {}):
+        values["data"]["path"] = str(place / changes["data"]["path"])
+    for answer in two_ranks.run(rank_jobs.refusal_of_training, values=values):
+        assert answer.startswith("BadInputError"), answer
+        assert expected in answer
+
+
+def test_a_plan_through_the_launcher_starts_no_run(place: Path, repository_root: Path) -> None:
+    status, output = Launch(repository_root, write_config(place, place / "data", "planned"), "--dry-run").end(
+        timeout_seconds=60
+    )
+    assert status == 0, output
+    assert output.count("planned.json: valid") == 1, output
+    assert not (place / "runs" / "planned").exists()
