@@ -25,16 +25,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.dataset import Dataset
 from launch.files import write_json_atomically
-from launch.settings import BadInputError, exit_with_status, load_settings
-from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint
+from launch.settings import exit_with_status
 from pretrain.config import TrainingConfig
 from pretrain.data import Batch, TokenSequences, validation_batches
 from pretrain.engine import TrainingEngine
+from pretrain.loaded_run import load_run
 from pretrain.losses import IGNORED_TARGET, token_losses
 from pretrain.plots import plot_depth_sweep
-from pretrain.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -176,12 +175,8 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
 
     None means the default depths, and the whole split. Writes ``evaluation.json`` and a picture.
     """
-    if not (run / "config.json").is_file():
-        raise BadInputError(f"{run}: not a run directory (no config.json); train first, or name another with --run")
-    config = load_settings(TrainingConfig, run / "config.json")
-    checkpoint = newest_valid_checkpoint(run / "checkpoints")
-    dataset = open_dataset(Path(config.data.path))
-    model = load_model(checkpoint / WEIGHTS)
+    loaded = load_run(run)
+    config, dataset, model = loaded.config, loaded.dataset, loaded.model
     tokens = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
     batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
     batches = list(validation_batches(tokens, batch_size, 0, 1, limit=sequences))
@@ -199,7 +194,10 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
         results[depth] = evaluate_plain(forward, watched, list(dataset.domains), token_bytes_V)
     write_json_atomically(
         run / "evaluation.json",
-        {"checkpoint": checkpoint.name, "by_loops": {depth: asdict(result) for depth, result in results.items()}},
+        {
+            "checkpoint": loaded.checkpoint.name,
+            "by_loops": {depth: asdict(result) for depth, result in results.items()},
+        },
     )
     plot_depth_sweep(
         {depth: result.bits_per_byte for depth, result in results.items()},

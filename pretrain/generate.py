@@ -14,11 +14,8 @@ if __name__ == "__main__":
 
 import torch
 
-from data_pipeline.dataset import open_dataset
-from launch.settings import BadInputError, exit_with_status, load_settings
-from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint
-from pretrain.config import TrainingConfig
-from pretrain.weights import load_model
+from launch.settings import BadInputError, exit_with_status
+from pretrain.loaded_run import load_run
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,21 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def generate_text(options: argparse.Namespace) -> str:
     """The prompt and its continuation, up to the end of the document or ``max_new_tokens``."""
-    run: Path = options.run
-    if not (run / "config.json").is_file():
-        raise BadInputError(f"{run}: not a run directory (no config.json); train first, or name another with --run")
-    config = load_settings(TrainingConfig, run / "config.json")
-    dataset = open_dataset(Path(config.data.path))
-    checkpoint = newest_valid_checkpoint(run / "checkpoints")
-    model = load_model(checkpoint / WEIGHTS)
-    end = dataset.manifest.end_token_id
+    loaded = load_run(options.run)
+    tokenizer, end = loaded.dataset.tokenizer, loaded.dataset.manifest.end_token_id
     # A document begins after the end of another, so an empty prompt is the end token alone.
-    prompt_ids = [end, *dataset.tokenizer.encode(options.prompt)]
+    prompt_ids = [end, *tokenizer.encode(options.prompt)]
     try:
-        ids = model.generate(
+        ids = loaded.model.generate(
             torch.tensor([prompt_ids]),
             max_new_tokens=options.max_new_tokens,
-            n_loops=options.loops or config.mean_loops,
+            n_loops=loaded.config.mean_loops if options.loops is None else options.loops,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -66,9 +57,9 @@ def generate_text(options: argparse.Namespace) -> str:
             stop_token_ids=(end,),
         )
     except ValueError as error:
-        raise BadInputError(f"{run}: {error}") from None
+        raise BadInputError(f"{options.run}: {error}") from None
     generated = [token for token in ids[0].tolist()[1:] if token != end]
-    return dataset.tokenizer.decode(generated)
+    return tokenizer.decode(generated)
 
 
 if __name__ == "__main__":

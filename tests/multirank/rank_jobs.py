@@ -319,7 +319,8 @@ def refusal_of_training(values: dict[str, Any]) -> str:
     place = discover_place()
     try:
         check_topology(config, place.world_size, "scenario")
-        status = train_command(config, place)
+        with mock.patch.object(TrainingEngine, "close", end_engine):
+            status = train_command(config, place)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return f"trained to status {status}"

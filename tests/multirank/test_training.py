@@ -243,7 +243,7 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(
 ) -> None:
     run = place / "runs" / "flipped"
     shutil.copytree(undisturbed, run)
-    damaged = sorted((run / "checkpoints" / "step_00000020" / "engine" / "engine").rglob("*optim_states.pt"))[-1]
+    damaged = sorted((run / "checkpoints" / "step_00000020" / "engine").rglob("*optim_states.pt"))[-1]
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
