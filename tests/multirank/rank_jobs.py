@@ -147,7 +147,7 @@ def gathers_by_depth(values: dict[str, Any], depths: list[int], leaf: bool) -> d
         with contextlib.ExitStack() as changes:
             changes.enter_context(changed_deepspeed_config("zero_optimization", **nothing_kept))
             if not leaf:
-                changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules", lambda *_: None))
+                changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules"))
             engine = start_engine(values)
         train_on(engine, [Step(depth)])
         with counted_gathers() as sizes:
@@ -171,7 +171,7 @@ def gradients_with(values: dict[str, Any], loops: int, leaf: bool, reentrant: bo
 
     with contextlib.ExitStack() as changes:
         if not leaf:
-            changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules", lambda *_: None))
+            changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules"))
         if reentrant:
             changes.enter_context(mock.patch.object(model.remat, "checkpoint", reentrant_checkpoint))
         engine = start_engine(values)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 DUMP_STACKS = signal.SIGUSR2
-PRELOADED = ["torch", "deepspeed", "pretrain.engine", "model"]
+PRELOADED = ["torch", "deepspeed"]
 
 
 class RankFailedError(Exception):
@@ -34,7 +34,7 @@ class RankFailedError(Exception):
 
 
 class RankPool:
-    """``world_size`` processes of one process group (gloo, CPU). Start is lazy in what it imports, not in processes."""
+    """``world_size`` processes; the first job that needs one makes them a process group (gloo, on the CPU)."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
         self.world_size, self._folder = world_size, folder
@@ -43,7 +43,7 @@ class RankPool:
         os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        port = _free_port()
+        self._port = port = _free_port()
         self._logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
         self._pipes: list[Connection] = []
         self._processes = []
@@ -105,6 +105,9 @@ class RankPool:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+        # Jobs may start DeepSpeed without our engine, which would have done this.
+        for leftover in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
+            leftover.unlink(missing_ok=True)
 
 
 def _free_port() -> int:
@@ -114,7 +117,7 @@ def _free_port() -> int:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, log: str) -> None:
-    """What a rank does: join its peers, then answer jobs until told to leave."""
+    """What a rank does: answer jobs until told to leave."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

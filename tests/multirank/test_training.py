@@ -21,17 +21,18 @@ from typing import Any
 import psutil
 import pytest
 import rank_jobs
+from rank_pool import RankPool
+
 from data_pipeline.dataset import open_dataset
 from data_pipeline.publish import build_manifest, publish
 from data_pipeline.shards import ShardWriter
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from rank_pool import RankPool
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
 STEPS, EVERY = 20, 5
 SAME = ("step", "loss", "lr", "grad_norm", "loops", "tokens", "next_sample", "loop_residual", "expert_load_worst_loop")
-WORDS = "the river and a mountain have met in winter when letters came from some village by the harbour".split()
+SENTENCE = "the river and a mountain have met in winter when letters came from some village by the harbour"
 VOCABULARY = 300
 
 
@@ -40,7 +41,7 @@ def make_dataset(folder: Path, seed: int) -> Path:
     generator = random.Random(seed)
     stage = folder / "stage"
     stage.mkdir(parents=True)
-    documents = [" ".join(generator.choices(WORDS, k=120)) for _ in range(60)]
+    documents = [" ".join(generator.choices(SENTENCE.split(), k=120)) for _ in range(60)]
     (stage / "t.model").write_bytes(train_tokenizer(documents, VOCABULARY))
     tokenizer = Tokenizer.load(stage / "t.model")
     for split, chosen in (("train", documents[:50]), ("validation", documents[50:])):
@@ -98,8 +99,8 @@ class Launch:
     def __init__(self, root: Path, config: Path, *arguments: str) -> None:
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         launcher = Path(sys.executable).parent / "deepspeed"
-        port = random.SystemRandom().randrange(20000, 30000)  # runs beside this one use the launcher's default
-        command = [str(launcher), "--num_gpus", "2", "--master_port", str(port), "--log_level", "error"]
+        self.port = random.SystemRandom().randrange(20000, 30000)  # runs beside this one use the launcher's default
+        command = [str(launcher), "--num_gpus", "2", "--master_port", str(self.port), "--log_level", "error"]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -127,6 +128,7 @@ class Launch:
             process.kill()
         psutil.wait_procs(doomed, timeout=20)
         self.process.wait()
+        self.assert_no_memory_left()
 
     def end(self, timeout_seconds: float = 150) -> tuple[int, str]:
         """Exit status and output."""
@@ -135,7 +137,12 @@ class Launch:
         except subprocess.TimeoutExpired:
             self.kill()
             pytest.fail(f"no end in {timeout_seconds} s:\n{self.log.read_text()[-5000:]}")
+        self.assert_no_memory_left()
         return status, self.log.read_text()
+
+    def assert_no_memory_left(self) -> None:
+        """DeepSpeed's buffers in /dev/shm are memory: 66 MiB a rank, for ever, if nobody takes them away."""
+        assert not list(Path("/dev/shm").glob(f"*_{self.port}_*"))
 
     def wait_for_step(self, run: Path, step: int, timeout_seconds: float = 120) -> None:
         """Return when ``metrics.jsonl`` has a line of ``step``."""
