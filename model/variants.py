@@ -20,7 +20,7 @@ _LONG_CONTEXT_THETA = 1e7
 
 
 def ice_tiny(**overrides: Any) -> IceConfig:
-    """The laptop demo: small enough to see a million and a half tokens in a few minutes of two cores."""
+    """The laptop demo: small enough to see a million tokens in a few minutes of two cores."""
     return _variant(
         overrides,
         vocab_size=2048,

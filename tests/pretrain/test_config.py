@@ -38,7 +38,7 @@ def test_every_data_configuration_parses(path: Path) -> None:
         ("optim.lrr=1", "did you mean lr?"),
         ("optim.lr=fast", 'optim.lr = "fast"'),
         ("optim.lr=0", "greater than 0"),
-        ("schedule.warmup_steps=800", "schedule.warmup_steps = 800: must be below steps = 800"),
+        ("schedule.warmup_steps=500", "schedule.warmup_steps = 500: must be below steps = 500"),
         ("schedule.decay_steps=5", "only used with kind = warmup_stable_decay"),
         ("loop.min_loops=9", "loop.min_loops = 9: exceeds mean_loops = 4"),
         ("loop.distribution=gauss", "'fixed', 'uniform', 'poisson' or 'lognormal_poisson'"),
