@@ -81,16 +81,15 @@ def plot_expert_load(load_TLE: Tensor, picture: Path) -> None:
     _write(figure, picture)
 
 
-def plot_depth_sweep(bits_per_byte: dict[int, float], trained_loops: int, picture: Path, **references: Any) -> None:
+def plot_depth_sweep(bits_per_byte: dict[int, float], trained_loops: int, picture: Path) -> None:
     """Validation bits per byte against the number of loops at test time."""
     depths = sorted(bits_per_byte)
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     axis.plot(depths, [bits_per_byte[depth] for depth in depths], marker="o")
     axis.axvline(trained_loops, color="tab:gray", linestyle=":", label="trained mean depth")
-    for label, value in references.items():
-        axis.axhline(value, color="tab:red", linestyle="--", label=label.replace("_", " "))
     axis.set(xlabel="loops", ylabel="bits a byte", title="depth at test time", xscale="log")
     axis.set_xticks(depths, [str(depth) for depth in depths])
+    axis.minorticks_off()  # a log axis labels its minor ticks too
     axis.grid(alpha=0.3)
     axis.legend()
     _write(figure, picture)
