@@ -6,12 +6,14 @@ contradicts another raises a ``ValueError`` (pydantic wraps it) that reads ``key
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 # ``torch._grouped_mm`` wants every row to start on a 16-byte boundary: 8 elements in bf16 and fp16.
 GROUPED_GEMM_MULTIPLE = 8
+
+KvPolicy = Literal["per_loop", "ring", "last", "gated"]
 
 
 class IceConfig(BaseModel):
@@ -67,7 +69,7 @@ class IceConfig(BaseModel):
     v_head_dim: PositiveInt = Field(128, description="width of an mla value head")
 
     # What decoding remembers of a looped layer
-    kv_policy: Literal["per_loop", "ring", "last", "gated"] = Field(
+    kv_policy: KvPolicy = Field(
         "per_loop",
         description="keys and values of every loop (exact); of the latest kv_ring_size; of the last; or of the first, "
         "with a gated window of the others",
@@ -135,6 +137,31 @@ class IceConfig(BaseModel):
         every = self.full_attention_every
         return None if every is not None and (layer + 1) % every == 0 else self.sliding_window
 
+    def loop_slots(self, kv_policy: str | None = None) -> int | None:
+        """Slots a core layer's cache has over its loops under ``kv_policy`` (None: this one's); None: one per loop.
+
+        Raises:
+            ValueError: For a name that is no policy; when ``gated``, which a model is trained with, would be chosen or
+                dropped; and when loops with different sliding windows would share a slot.
+        """
+        policy = self.kv_policy if kv_policy is None else kv_policy
+        if policy not in get_args(KvPolicy):
+            raise ValueError(f"kv_policy = {policy}: must be one of {', '.join(get_args(KvPolicy))}")
+        if (policy == "gated") != (self.kv_policy == "gated"):
+            raise ValueError(
+                f"kv_policy = {policy}: this model was trained with kv_policy = {self.kv_policy}; "
+                "gated is an architecture, chosen before training and kept"
+            )
+        slots = {"ring": self.kv_ring_size, "last": 1}.get(policy)
+        every = self.full_attention_every
+        if slots is not None and every is not None and slots * self.recurrent_layers % every:
+            raise ValueError(
+                f"kv_policy = {policy}: {slots} slots of {self.recurrent_layers} recurrent_layers would be shared by "
+                f"loops that see a window and loops that see all; full_attention_every = {every} must divide their "
+                "product"
+            )
+        return slots
+
     @property
     def effective_depth(self) -> int:
         """Blocks a token passes through at the default depth; what initialisation is scaled by."""
@@ -173,6 +200,7 @@ class IceConfig(BaseModel):
             )
         if self.full_attention_every is not None and self.sliding_window is None:
             raise ValueError(f"full_attention_every = {self.full_attention_every}: sliding_window is not set")
+        self.loop_slots()
         if self.rope_scaling_factor > 1 and self.rope_original_seq_len is None:
             raise ValueError(
                 f"rope_scaling_factor = {self.rope_scaling_factor}: rope_original_seq_len must say what it scales"

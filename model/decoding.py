@@ -1,7 +1,7 @@
 """A batch of sequences while they are continued, and the plain way to do it: read one token, draw the next.
 
-The prompt is read once, at full depth; what was read is in the cache and never read again. Rows advance together; one
-that has met a stop id repeats it, so that the batch stays rectangular.
+The prompt is read once, at full depth, a chunk at a time; what was read is in the cache and never read again. Rows
+advance together; one that has met a stop id repeats it, so that the batch stays rectangular.
 
 Shapes: B batch, S sequence, V vocabulary.
 """
@@ -20,6 +20,10 @@ from model.sampling import Sampling, Uniforms, draw, probabilities
 
 if TYPE_CHECKING:
     from model.looped_lm import IceModel
+
+
+# Tokens of a prompt that are read at once: bounds the activations of a long one. Large enough to keep a GPU busy.
+PROMPT_CHUNK = 2048
 
 
 class NewTokens(NamedTuple):
@@ -109,7 +113,9 @@ class Batch:
         self.ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.passes += 1
-        return self.read(ids_BS, self.n_loops, only_last=True)[:, -1]
+        for chunk_BS in ids_BS.split(PROMPT_CHUNK, dim=1):
+            logits_BSV = self.read(chunk_BS, self.n_loops, only_last=True)
+        return logits_BSV[:, -1]
 
     def commit(self, ids_B: torch.Tensor, loops_B: torch.Tensor) -> NewTokens:
         """Make ``ids_B`` the next tokens of the sequences that have not ended."""

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.adaptive_depth import AdaptiveDepth
-from model.attention.cache import Cache, KvPolicy
-from model.config import IceConfig
+from model.attention.cache import Cache
+from model.config import IceConfig, KvPolicy
 from model.decoding import Batch, GenerationStatistics, NewTokens, decode_one_by_one
 from model.sampling import Sampling, Uniforms
 from model.speculative_decoding import KINDS_OF_UNIFORMS, decode_speculatively

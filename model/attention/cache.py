@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import torch
 
@@ -29,7 +28,6 @@ from model.attention.slot import CacheSlot
 from model.config import IceConfig
 from model.depth import DepthPlan
 
-KvPolicy = Literal["per_loop", "ring", "last", "gated"]
 SlotKey = tuple[str, int, int]  # (part, layer, loop)
 
 
@@ -68,14 +66,14 @@ class Cache:
 
         Args:
             config: The model.
-            kv_policy: Instead of the configuration's; see :func:`loop_slots`.
+            kv_policy: Instead of the configuration's; see :meth:`IceConfig.loop_slots`.
             rewindable: As in the constructor.
 
         Raises:
-            ValueError: As :func:`loop_slots`.
+            ValueError: As :meth:`IceConfig.loop_slots`.
         """
         return cls(
-            loop_slots(config, kv_policy),
+            config.loop_slots(kv_policy),
             rewindable,
             gate_window=config.kv_gate_window if config.kv_policy == "gated" else None,
             pooling=Pooling.of(config),
@@ -141,34 +139,9 @@ class Cache:
         return sum(slot.bytes_used() for slot in self._slots.values())
 
 
-def loop_slots(config: IceConfig, kv_policy: str | None = None) -> int | None:
-    """How many slots a core layer has over its loops under ``kv_policy`` (None: the configuration's); None: all.
-
-    Raises:
-        ValueError: For a name that is no policy; when ``gated``, which a model is trained with, would be chosen or
-            dropped; and when loops with different sliding windows would share a slot.
-    """
-    policy = config.kv_policy if kv_policy is None else kv_policy
-    if policy not in get_args(KvPolicy):
-        raise ValueError(f"kv_policy = {policy}: must be one of {', '.join(get_args(KvPolicy))}")
-    if (policy == "gated") != (config.kv_policy == "gated"):
-        raise ValueError(
-            f"kv_policy = {policy}: this model was trained with kv_policy = {config.kv_policy}; "
-            "gated is an architecture, chosen before training and kept"
-        )
-    slots = {"ring": config.kv_ring_size, "last": 1}.get(policy)
-    every = config.full_attention_every
-    if slots is not None and every is not None and slots * config.recurrent_layers % every:
-        raise ValueError(
-            f"kv_policy = {policy}: {slots} slots of {config.recurrent_layers} recurrent_layers would be shared by "
-            f"loops that see a window and loops that see all; full_attention_every = {every} must divide their product"
-        )
-    return slots
-
-
 def slot_windows(config: IceConfig, n_loops: int, kv_policy: str | None = None) -> list[int | None]:
     """The sliding window of every slot that a cache of ``config`` has at depth ``n_loops``; None: no window."""
-    slots = loop_slots(config, kv_policy)
+    slots = config.loop_slots(kv_policy)
     once = [config.window(layer) for layers in (config.prelude_layers, config.coda_layers) for layer in range(layers)]
     core = []
     for scale in config.msrd_scales:

@@ -40,6 +40,10 @@ def test_specifications_example_works() -> None:
         ({"rope_scaling_factor": 4.0}, "rope_scaling_factor = 4.0: rope_original_seq_len must say"),
         ({"rope_scaling_factor": 0.5}, "greater than or equal to 1"),
         ({"kv_policy": "gated", "attn_type": "moda_v2"}, "kv_policy = gated: moda_v2 has its own way"),
+        (
+            {"kv_policy": "ring", "sliding_window": 8, "full_attention_every": 3},
+            "kv_policy = ring: 2 slots of 1 recurrent_layers",
+        ),
         ({"kv_policy": "gated", "sliding_window": 8}, "kv_policy = gated: brings its own window"),
     ],
 )

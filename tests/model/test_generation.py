@@ -181,6 +181,18 @@ def test_generation_reads_each_token_once() -> None:
     assert lengths == [9, 1, 1, 1, 1]
 
 
+def test_a_long_prompt_is_read_in_chunks(model: IceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 4: the second row has whole chunks of padding, and the last chunk is not full."""
+    prompts = [torch.randint(0, model.config.vocab_size, (length,)) for length in (14, 3)]
+    lengths: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    whole = generate(model, prompts, GenerationOptions(6, 3, Sampling(0.0)))
+    monkeypatch.setattr("model.decoding.PROMPT_CHUNK", 4)
+    chunks = generate(model, prompts, GenerationOptions(6, 3, Sampling(0.0)))
+    assert torch.equal(chunks.new_ids_BN, whole.new_ids_BN)
+    assert lengths == [14, 1, 1, 1, 1, 1, 4, 4, 4, 2, 1, 1, 1, 1, 1]
+
+
 def test_cache_size_is_what_the_configuration_says() -> None:
     for config in CONFIGS.values():
         cache = Cache.for_model(config)
