@@ -16,8 +16,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.config import SplitSettings
-from data_pipeline.readers import DOCUMENTS_SUFFIX, DocumentReader, InputFile
-from data_pipeline.tally import CountDocuments
+from data_pipeline.execution.tally import CountDocuments
+from data_pipeline.inputs.readers import DOCUMENTS_SUFFIX, DocumentReader, InputFile
 
 SPLITS = ("train", "validation")
 

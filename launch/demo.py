@@ -127,7 +127,7 @@ def _print_sample(console: Console, run: str) -> int:
 
 
 def _print_summary(console: Console, config: TrainingConfig) -> None:
-    from data_pipeline.dataset import open_dataset
+    from data_pipeline.dataset.reader import open_dataset
     from model.parameters import count_parameters
     from pretrain.evaluate import gzip9_bits_per_byte
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset.reader import Dataset
 from launch.settings import BadInputError
 
 IGNORED_TARGET = -100

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.dataset.manifest import MANIFEST_NAME
 from launch.environment import discover_place
 from launch.settings import EXIT_FINISHED, BadInputError
 from model.parameters import PARTS, cache_bytes, count_parameters

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset.reader import Dataset
 from launch.files import write_json_atomically
 from launch.settings import exit_with_status
 from model import IceModel

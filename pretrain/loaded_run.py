@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.dataset.reader import Dataset, open_dataset
 from launch.settings import BadInputError, load_settings
 from model import IceModel
 from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint

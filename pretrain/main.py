@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.dataset.reader import Dataset, open_dataset
 from launch.environment import Place, discover_place
 from launch.files import write_json_atomically
 from launch.settings import EXIT_FAILED, EXIT_FINISHED, BadInputError, exit_with_status, load_settings

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from data_pipeline.config import DataSettings
-from data_pipeline.executors import LocalExecutor
-from data_pipeline.main import prepare
-from data_pipeline.progress import Reporter
+from data_pipeline.execution.executors import LocalExecutor
+from data_pipeline.execution.progress import Reporter
+from data_pipeline.preparation import prepare
 
 WORDS = (
     "the of and to that have with river mountain letter evening market captain garden winter question answer window "

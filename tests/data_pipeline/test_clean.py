@@ -9,12 +9,12 @@ from datatrove.data import Document
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.clean import LengthFilter, NormaliseText, clean_pipeline
+from data_pipeline.clean.pipeline import LengthFilter, NormaliseText, clean_pipeline
+from data_pipeline.clean.words import FastWords
 from data_pipeline.config import CleanSettings, QualitySettings
-from data_pipeline.readers import InputFile, stage_files
-from data_pipeline.readers import read_documents as read
-from data_pipeline.tally import DroppedWriter, read_tallies
-from data_pipeline.words import FastWords
+from data_pipeline.execution.tally import DroppedWriter, read_tallies
+from data_pipeline.inputs.readers import InputFile, stage_files
+from data_pipeline.inputs.readers import read_documents as read
 
 NORMALISE = NormaliseText(CleanSettings())
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.shards import HEADER
+from data_pipeline.dataset.reader import open_dataset
+from data_pipeline.dataset.shards import HEADER
 from launch.settings import BadInputError
 
 

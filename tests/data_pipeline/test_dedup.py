@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DedupSettings
-from data_pipeline.dedup import check_removed, remove_exact_duplicates, remove_near_duplicates
-from data_pipeline.executors import LocalExecutor
-from data_pipeline.readers import InputFile, read_documents, stage_files
+from data_pipeline.dedup.pipeline import check_removed, remove_exact_duplicates, remove_near_duplicates
+from data_pipeline.execution.executors import LocalExecutor
+from data_pipeline.inputs.readers import InputFile, read_documents, stage_files
 
 
 def text_of(seed: int) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import stages
 from data_pipeline.config import DataSettings
-from data_pipeline.dataset import open_dataset
-from data_pipeline.executors import create_executor
+from data_pipeline.dataset.reader import open_dataset
+from data_pipeline.execution import stages
+from data_pipeline.execution.executors import create_executor
 from data_pipeline.main import main
 from launch.settings import BadInputError, load_settings
 
@@ -239,8 +239,8 @@ def test_two_runs_on_one_output_do_not_mix_and_a_killed_one_holds_nothing(
     repository_root: Path, small_corpus: Path, tmp_path: Path, settings_for: SettingsFor, run_pipeline: RunPipeline
 ) -> None:
     program = (
-        "import sys; from pathlib import Path; from data_pipeline.progress import Reporter;"
-        "from data_pipeline.stages import StageRunner\n"
+        "import sys; from pathlib import Path; from data_pipeline.execution.progress import Reporter;"
+        "from data_pipeline.execution.stages import StageRunner\n"
         "with StageRunner(Path(sys.argv[1]), Reporter()).lock(): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "out" / ".stages")]
@@ -262,7 +262,8 @@ def test_unavailable_executors_say_what_is_available() -> None:
 
 def test_torch_and_word_models_are_never_imported(repository_root: Path) -> None:
     program = (
-        "import sys; import data_pipeline.main, data_pipeline.clean, data_pipeline.dedup, data_pipeline.publish;"
+        "import sys; import data_pipeline.main, data_pipeline.clean.pipeline, data_pipeline.dedup.pipeline;"
+        "import data_pipeline.dataset.publish;"
         "print([name for name in ('torch', 'spacy', 'nltk') if name in sys.modules])"
     )
     command = [sys.executable, "-c", program]

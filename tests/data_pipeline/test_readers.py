@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from data_pipeline.config import SourceSettings
-from data_pipeline.readers import DocumentReader, InputFile, find_source_files, read_documents
+from data_pipeline.inputs.readers import DocumentReader, InputFile, find_source_files, read_documents
 from launch.settings import BadInputError
 
 RECORDS = [{"text": f"text {number} \u00e9", "id": str(number)} for number in range(5)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.shards import HEADER, MAGIC, VERSION, ShardWriter, dtype_code_for, dtype_name, open_shard
+from data_pipeline.dataset.shards import HEADER, MAGIC, VERSION, ShardWriter, dtype_code_for, dtype_name, open_shard
 from launch.settings import BadInputError
 
 VOCABULARIES = st.sampled_from([300, 2**16, 2**16 + 1, 200_000])

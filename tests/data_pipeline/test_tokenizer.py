@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tokenizer import SPACE_MARK, Tokenizer, sample_lines, train_tokenizer
+from data_pipeline.tokenizer.bpe import SPACE_MARK, Tokenizer, sample_lines, train_tokenizer
 from launch.settings import BadInputError
 
 LINES = [

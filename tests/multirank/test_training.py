@@ -23,10 +23,10 @@ import pytest
 import rank_jobs
 from rank_pool import RankPool
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.publish import build_manifest, publish
-from data_pipeline.shards import ShardWriter
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.dataset.publish import build_manifest, publish
+from data_pipeline.dataset.reader import open_dataset
+from data_pipeline.dataset.shards import ShardWriter
+from data_pipeline.tokenizer.bpe import Tokenizer, train_tokenizer
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.dataset import Dataset, open_dataset
-from data_pipeline.publish import build_manifest, publish
-from data_pipeline.shards import ShardWriter
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.dataset.publish import build_manifest, publish
+from data_pipeline.dataset.reader import Dataset, open_dataset
+from data_pipeline.dataset.shards import ShardWriter
+from data_pipeline.tokenizer.bpe import train_tokenizer
 from launch.settings import BadInputError
 from pretrain.data import (
     IGNORED_TARGET,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.tokenizer import END_ID, Tokenizer, train_tokenizer
+from data_pipeline.tokenizer.bpe import END_ID, Tokenizer, train_tokenizer
 from launch.settings import BadInputError, exit_with_status
 from model import IceConfig, IceModel
 from pretrain import generate

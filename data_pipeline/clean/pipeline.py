@@ -17,10 +17,10 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters.base import BaseFormatter
 
+from data_pipeline.clean.words import FastWords
 from data_pipeline.config import CleanSettings, QualitySettings
-from data_pipeline.readers import DocumentReader, InputFile
-from data_pipeline.tally import CountDocuments, DocumentWriter, DroppedWriter
-from data_pipeline.words import FastWords
+from data_pipeline.execution.tally import CountDocuments, DocumentWriter, DroppedWriter
+from data_pipeline.inputs.readers import DocumentReader, InputFile
 
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _ODD_SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")

@@ -17,7 +17,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 
-from data_pipeline.readers import DOCUMENTS_SUFFIX
+from data_pipeline.inputs.readers import DOCUMENTS_SUFFIX
 
 TALLY_INTERVAL_SECONDS = 0.3
 

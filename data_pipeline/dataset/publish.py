@@ -17,12 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.dataset import check_file, read_manifest
-from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest, ShardEntry, fingerprint_of
-from data_pipeline.readers import InputFile, read_documents
-from data_pipeline.shards import open_shard
+from data_pipeline.dataset.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    fingerprint_of,
+)
+from data_pipeline.dataset.reader import check_file, read_manifest
+from data_pipeline.dataset.shards import open_shard
+from data_pipeline.inputs.readers import InputFile, read_documents
 from data_pipeline.split import SPLITS
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer.bpe import Tokenizer
 from launch.files import fsync_path, sha256_of, write_json_atomically
 from launch.settings import BadInputError
 

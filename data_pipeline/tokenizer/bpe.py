@@ -20,7 +20,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_pipeline.config import TokenizerSettings
-from data_pipeline.readers import InputFile, read_documents
+from data_pipeline.inputs.readers import InputFile, read_documents
 from data_pipeline.split import text_fraction
 from launch.settings import BadInputError
 

@@ -28,9 +28,9 @@ from datatrove.utils.batching import batched
 from numpy.typing import NDArray
 
 from data_pipeline.config import ShardSettings
-from data_pipeline.readers import DocumentReader, InputFile
-from data_pipeline.tally import CountDocuments
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.execution.tally import CountDocuments
+from data_pipeline.inputs.readers import DocumentReader, InputFile
+from data_pipeline.tokenizer.bpe import Tokenizer
 from launch.files import fsync_path
 from launch.settings import BadInputError
 

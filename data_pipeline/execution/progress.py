@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_pipeline.tally import read_tallies, tally_sum
+from data_pipeline.execution.tally import read_tallies, tally_sum
 
 POLL_SECONDS = 0.3
 NAME_WIDTH = 10

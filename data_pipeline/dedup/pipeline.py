@@ -27,11 +27,11 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.utils.typeshelper import ExtensionHelperSD
 
+from data_pipeline.clean.words import FastWords
 from data_pipeline.config import DedupSettings
-from data_pipeline.executors import Executor
-from data_pipeline.readers import DocumentReader, InputFile
-from data_pipeline.tally import CountDocuments, DocumentWriter, DroppedWriter, read_tallies, tally_sum
-from data_pipeline.words import FastWords
+from data_pipeline.execution.executors import Executor
+from data_pipeline.execution.tally import CountDocuments, DocumentWriter, DroppedWriter, read_tallies, tally_sum
+from data_pipeline.inputs.readers import DocumentReader, InputFile
 
 POSITION_BYTES = 4
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.progress import Reporter
-from data_pipeline.tally import Tally, read_tallies, tally_sum
+from data_pipeline.execution.progress import Reporter
+from data_pipeline.execution.tally import Tally, read_tallies, tally_sum
 from launch.files import fsync_path, sha256_of, write_json_atomically
 from launch.settings import BadInputError
 

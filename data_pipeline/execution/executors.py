@@ -17,11 +17,16 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from data_pipeline.no_orphans import exit_with_the_run, kill_forked_children_with_this_process
+from data_pipeline.execution.no_orphans import exit_with_the_run, kill_forked_children_with_this_process
 from launch.settings import BadInputError
 
 EXECUTORS = ("local", "slurm", "mpi")
-WORKER_MODULES = ["data_pipeline.clean", "data_pipeline.dedup", "data_pipeline.shards", "data_pipeline.split"]
+WORKER_MODULES = [
+    "data_pipeline.clean.pipeline",
+    "data_pipeline.dedup.pipeline",
+    "data_pipeline.dataset.shards",
+    "data_pipeline.split",
+]
 
 
 class Executor(Protocol):

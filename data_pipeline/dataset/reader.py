@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitEntry
-from data_pipeline.shards import Shard, open_shard
+from data_pipeline.dataset.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitEntry
+from data_pipeline.dataset.shards import Shard, open_shard
 from data_pipeline.split import SPLITS
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer.bpe import Tokenizer
 from launch.files import path_inside, sha256_of
 from launch.settings import BadInputError, parse_settings, read_json_object
 

@@ -1,0 +1,1 @@
+"""What goes out: token shards, the manifest that lists them, publishing and reading."""

@@ -1,0 +1,1 @@
+"""Each text once: identical and nearly identical documents removed."""
