@@ -117,6 +117,7 @@ class IceModel(nn.Module):
         sequence_loops: torch.Tensor | None = ...,
         cache: Cache | None = ...,
         padding: torch.Tensor | None = ...,
+        document_ids: torch.Tensor | None = ...,
         read_loops: tuple[int, ...] = ...,
         probe_loop: int | None = ...,
         controller: DepthController | None = ...,
@@ -134,6 +135,7 @@ class IceModel(nn.Module):
         sequence_loops: torch.Tensor | None = ...,
         cache: Cache | None = ...,
         padding: torch.Tensor | None = ...,
+        document_ids: torch.Tensor | None = ...,
         read_loops: tuple[int, ...] = ...,
         probe_loop: int | None = ...,
         controller: DepthController | None = ...,
@@ -150,6 +152,7 @@ class IceModel(nn.Module):
         sequence_loops: torch.Tensor | None = None,
         cache: Cache | None = None,
         padding: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         read_loops: tuple[int, ...] = (),
         probe_loop: int | None = None,
         controller: DepthController | None = None,
@@ -165,6 +168,9 @@ class IceModel(nn.Module):
             sequence_loops: (B,) int64, each sequence's own depth, at most ``n_loops``.
             cache: Filled and advanced by S tokens; for decoding, so only without gradients.
             padding: (B,) int64, how many tokens at the left of each row are padding; None: none.
+            document_ids: (B, S) int64, which document each token belongs to where several are packed into a row: no
+                token attends to another document's. Rotary positions are relative, so each document gets what it would
+                alone. None: each row is one.
             read_loops: Depths, each at most ``n_loops``, whose states and logits the output holds too.
             probe_loop: Depth below ``n_loops`` at which the depth heads are compared with the loss; needs ``slu``.
             controller: Ends tokens before ``n_loops`` while decoding.
@@ -172,8 +178,8 @@ class IceModel(nn.Module):
             return_output: Return everything that was measured.
 
         Raises:
-            ValueError: On a depth out of range, more than ``config.max_seq_len`` tokens, or a cache or controller with
-                gradients enabled.
+            ValueError: On a depth out of range, more than ``config.max_seq_len`` tokens, a cache or controller with
+                gradients enabled, or ``document_ids`` of another shape or with a cache.
         """
         n_loops = self.config.max_loop_iters if n_loops is None else n_loops
         length, start = input_ids.shape[1], 0 if cache is None else cache.length
@@ -185,7 +191,10 @@ class IceModel(nn.Module):
             cache.fix_depth(n_loops)
         if start + length > self.config.max_seq_len:
             raise ValueError(f"{start + length} tokens: more than max_seq_len = {self.config.max_seq_len}")
-        context = SequenceContext(rope_tables(self.config, start, length, input_ids.device), cache, padding)
+        if document_ids is not None:
+            _check_documents(document_ids, input_ids, cache)
+        rope = rope_tables(self.config, start, length, input_ids.device)
+        context = SequenceContext(rope, cache, padding, document_ids)
         inner_reads = read_loops if probe_loop is None else (*read_loops, probe_loop, probe_loop + 1)
         plan = DepthPlan(n_loops, grad_loops, sequence_loops, inner_reads, controller)
 
@@ -347,3 +356,12 @@ class IceModel(nn.Module):
         sampling = generation.Sampling(temperature, top_k, top_p, seed)
         options = generation.GenerationOptions(max_new_tokens, n_loops, sampling, decoding, stop_token_ids, kv_policy)
         return generation.stream(self, input_ids, options)
+
+
+def _check_documents(document_ids: torch.Tensor, input_ids: torch.Tensor, cache: Cache | None) -> None:
+    if cache is not None:
+        raise ValueError("document_ids: packed rows are not decoded; give each document a row, without document_ids")
+    if document_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"document_ids of shape {tuple(document_ids.shape)}: must be that of input_ids, {tuple(input_ids.shape)}"
+        )

@@ -1,8 +1,8 @@
 """Causal softmax attention over what a layer remembers, and the masks it needs.
 
 Keys lie as ``[pooled entries | exact tokens]``; the S queries are the last S of the exact tokens. A query sees every
-pooled entry (each is older than any query), and the exact tokens not after it, within its window and not padding.
-The mask is additive: pooled entries stand for several tokens and carry ``log(count)``.
+pooled entry (each is older than any query), and the exact tokens not after it, within its window, of its own document
+and not padding. The mask is additive: pooled entries stand for several tokens and carry ``log(count)``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def attention_mask(
     window: int | None = None,
     padding_B: torch.Tensor | None = None,
     past: int = 0,
+    document_ids_BS: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The additive mask, fp32, broadcastable to (B, 1, S, P + L); None where plain causality says it all.
 
@@ -35,12 +36,15 @@ def attention_mask(
         window: Keys a query sees, itself included; None: all.
         padding_B: Tokens at the left of each row that are padding; they are never seen by another token.
         past: Tokens before the queries, forgotten ones included: what padding is counted against.
+        document_ids_BS: Which document each of the S tokens belongs to, where several share a row and none sees
+            another; without a past. None: a row is one document.
     """
     bias_BP = memory.pooled_bias_BP
     pooled = 0 if bias_BP is None else bias_BP.shape[1]
     keys = memory.tensors[0].shape[-2] - pooled
     windowed = window is not None and keys > window
-    if not windowed and padding_B is None and bias_BP is None and (queries == 1 or queries == keys):
+    whole_rows = padding_B is None and bias_BP is None and document_ids_BS is None
+    if not windowed and whole_rows and (queries == 1 or queries == keys):
         return None
     device = memory.tensors[0].device
     # Positions counted from the last exact key: the oldest one is past + queries - keys.
@@ -49,6 +53,8 @@ def attention_mask(
     seen = key_L <= query_S1
     if window is not None:
         seen = seen & (key_L > query_S1 - window)
+    if document_ids_BS is not None:
+        seen = seen & (document_ids_BS.unsqueeze(-1) == document_ids_BS.unsqueeze(-2)).unsqueeze(1)
     if padding_B is not None:
         # A padding query sees itself, so that no row of the softmax is empty.
         real = key_L >= padding_B.view(-1, 1, 1, 1)

@@ -22,6 +22,7 @@ class SequenceContext:
     rope: RopeTables
     cache: Cache | None = None
     padding_B: torch.Tensor | None = None  # int64, tokens at the left of each row that are padding; None: none
+    document_ids_BS: torch.Tensor | None = None  # which document each token is of; none sees another; None: all one
     _masks: dict[tuple[int, int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,5 +66,7 @@ class Site:
         key = (queries, memory.tensors[0].shape[-2], pooled, self.window)
         masks = self.context._masks
         if key not in masks:
-            masks[key] = attention_mask(queries, memory, self.window, self.context.padding_B, self.past)
+            masks[key] = attention_mask(
+                queries, memory, self.window, self.context.padding_B, self.past, self.context.document_ids_BS
+            )
         return masks[key]
