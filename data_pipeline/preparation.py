@@ -6,21 +6,27 @@ content (``execution/stages.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import DataSettings
+from data_pipeline.config import DataSettings, TokenizerSettings
+from data_pipeline.dedup.evaluation_sets import check_evaluation_sets
+from data_pipeline.dedup.index import check_index_target, open_indices
+from data_pipeline.dedup.procedure import Indexing
 from data_pipeline.execution.executors import Executor
 from data_pipeline.execution.progress import Reporter
 from data_pipeline.execution.stages import Finished, Stage, StageRunner, digest_of
 from data_pipeline.execution.tally import Tally, add_to_tally, tally_sum
-from data_pipeline.inputs.readers import InputFile, find_source_files, stage_files
+from data_pipeline.inputs.file_tables import FileTable, describe_files, find_files
+from data_pipeline.inputs.readers import stage_files
 from data_pipeline.split import SPLITS
 from launch.files import sha256_of, write_json_atomically
 from launch.settings import BadInputError
 
-EMPTY_REMEDY = "the corpus is too small or the quality section too strict; report of drops: {folder}/tallies"
+EMPTY_REMEDY = "the corpus is too small or the clean section too strict; report of drops: {folder}/tallies"
 
 
 class Preparation:
@@ -30,43 +36,104 @@ class Preparation:
         self.settings = settings
         self.executor = executor
         self.runner = runner
+        self.indices = open_indices(settings.dedup)
 
-    def clean(self, files: Sequence[InputFile]) -> Finished:
-        """Raw files to clean documents."""
-        from data_pipeline.clean.pipeline import clean_pipeline
+    def clean(self, tables: Sequence[FileTable]) -> Finished:
+        """Raw files to clean documents; ``files.json`` says which file an origin's numbers stand for."""
+        from data_pipeline.clean.pipeline import clean_facts, clean_pipeline
+        from data_pipeline.inputs.piece_reader import PieceReader
+        from data_pipeline.inputs.plan import plan_pieces, write_file_tables, write_pieces
+        from data_pipeline.inputs.quarantine import check_quarantine, describe_quarantine
 
         settings = self.settings
 
         def build(folder: Path) -> None:
-            pipeline = clean_pipeline(files, settings.clean, settings.quality, folder)
-            self.executor.run(pipeline, len(files), folder / "logs")
+            pieces = plan_pieces(tables, settings.inputs)
+            plan = folder / "scratch" / "pieces.jsonl"
+            write_pieces(pieces, plan)
+            write_file_tables(tables, folder / "files.json")
+            reader = PieceReader(plan, folder, settings.inputs.max_document_bytes)
+            pipeline = clean_pipeline(reader, settings.clean_by_source, folder)
+            self.executor.run(pipeline, len(pieces), folder / "logs")
 
         facts = {
-            f"{index:05d} {file.path.name} {file.domain} {file.text_key} {file.id_key}": sha256_of(file.path)
-            for index, file in enumerate(files)
+            f"{index:05d} {table.name} {table.source.model_dump_json(exclude={'path', 'pattern', 'clean'})}": digest_of(
+                [(file.name, file.format, file.digest) for file in table.files]
+            )
+            for index, table in enumerate(tables)
         }
-        sections = [settings.clean.model_dump(), settings.quality.model_dump()]
-        return self.runner.run(Stage("clean", sections, facts, build, watch=("read", "kept")))
+        # What is tolerated is judged each time, outside of the stage: another limit asks for no other cleaning.
+        inputs = settings.inputs.model_dump(include={"piece_bytes", "max_document_bytes"})
+        sections = [clean_facts(settings.clean_by_source), inputs]
+        cleaned = self.runner.run(Stage("clean", sections, facts, build, watch=("read", "kept")))
+        check_quarantine(cleaned.folder, tables, settings.inputs)
+        put_aside = describe_quarantine(cleaned.folder)
+        if put_aside:
+            self.runner.reporter.line("quarantine", put_aside)
+        return cleaned
 
     def exact(self, before: Finished) -> Finished:
         """Identical documents once."""
-        from data_pipeline.dedup.pipeline import remove_exact_duplicates
+        from data_pipeline.dedup.exact import LAYOUT, remove_exact_duplicates
 
         def build(folder: Path) -> None:
-            remove_exact_duplicates(self.executor, stage_files(before.folder / "documents"), folder)
+            files, indexing = stage_files(before.folder / "documents"), self._indexing(LAYOUT.kind)
+            remove_exact_duplicates(self.executor, files, folder, self.settings.dedup.exact_text, indexing)
 
-        return self._after(before, "exact", None, build, watch=("signed", "kept"))
+        return self._deduplicate(before, "exact", {"exact_text"}, build)
 
     def minhash(self, before: Finished) -> Finished:
         """Nearly identical documents once."""
-        from data_pipeline.dedup.pipeline import remove_near_duplicates
+        from data_pipeline.dedup.minhash import remove_near_duplicates
 
         def build(folder: Path) -> None:
-            files = stage_files(before.folder / "documents")
-            remove_near_duplicates(self.executor, files, folder, self.settings.dedup)
+            files, indexing = stage_files(before.folder / "documents"), self._indexing("minhash")
+            remove_near_duplicates(self.executor, files, folder, self.settings.dedup, indexing)
 
-        section = self.settings.dedup.model_dump(exclude={"exact", "minhash"})
-        return self._after(before, "minhash", section, build, watch=("signed", "kept"))
+        return self._deduplicate(before, "minhash", {"ngram", "buckets", "hashes_per_bucket", "seed"}, build)
+
+    def sentences(self, before: Finished) -> Finished:
+        """Repeated passages once."""
+        from data_pipeline.dedup.sentences import LAYOUT, remove_duplicate_sentences
+
+        def build(folder: Path) -> None:
+            files, indexing = stage_files(before.folder / "documents"), self._indexing(LAYOUT.kind)
+            remove_duplicate_sentences(self.executor, files, folder, self.settings.dedup, indexing)
+
+        return self._deduplicate(before, "sentences", {"sentence_span", "min_span_words", "min_words_left"}, build)
+
+    def decontaminate(self, before: Finished) -> Finished:
+        """Documents without what evaluation sets ask."""
+        from data_pipeline.dedup.decontamination import decontaminate
+
+        settings = self.settings.decontamination
+
+        def build(folder: Path) -> None:
+            decontaminate(self.executor, stage_files(before.folder / "documents"), folder, settings)
+
+        contents = [sha256_of(Path(entry.path)) for entry in settings.sets]
+        section = [settings.model_dump(exclude={"sets": {"__all__": {"path"}}}), contents]
+        return self._after(before, "decontaminate", section, build, watch=("searched", "kept"))
+
+    def write_index(self, stages: Mapping[str, Finished]) -> None:
+        """Keep the keys of the de-duplication ``stages`` (by kind) under ``dedup.index``."""
+        from data_pipeline.dedup.index import write_index
+
+        dedup = self.settings.dedup
+        if dedup.index is not None:
+            parts = {kind: stage.folder / "index" / kind for kind, stage in stages.items()}
+            new = write_index(Path(dedup.index), self.settings.name, dedup, parts)
+            self.runner.reporter.line("index", dedup.index if new else "already done")
+
+    def _indexing(self, kind: str) -> Indexing:
+        earlier = tuple(index.keys_of(kind) for index in self.indices)
+        return Indexing(earlier, keep=self.settings.dedup.index is not None)
+
+    def _deduplicate(self, before: Finished, kind: str, keys: set[str], build: Callable[[Path], None]) -> Finished:
+        dedup = self.settings.dedup
+        against = [index.fingerprint for index in self.indices]
+        section = [dedup.model_dump(include=keys), dedup.index is not None, against]
+        return self._after(before, kind, section, build, watch=("signed", "kept"))
 
     def split(self, before: Finished) -> Finished:
         """Documents dealt to train and validation."""
@@ -87,34 +154,62 @@ class Preparation:
         return self._after(before, "split", self.settings.split.model_dump(), build, watch=("kept",))
 
     def tokenizer(self, before: Finished) -> Finished:
-        """The tokenizer's model, from training text only."""
+        """The tokenizer: trained on training text only, or the given one."""
         from data_pipeline.tokenizer.bpe import train_tokenizer_on_files
+
+        settings = self.settings.tokenizer
+        section = settings.model_dump(exclude={"engine"})
+        if settings.path is not None:
+            given = Path(settings.path)
+
+            def copy(folder: Path) -> None:
+                shutil.copyfile(given, folder / f"tokenizer{given.suffix}")
+
+            return self.runner.run(Stage("tokenizer", section, {"file": sha256_of(given)}, copy))
 
         def build(folder: Path) -> None:
             total_bytes = tally_sum(before.tally("kept"))["bytes"]
             path = folder / "tokenizer.model"
-            train_tokenizer_on_files(stage_files(before.folder / "train"), self.settings.tokenizer, total_bytes, path)
+            train_tokenizer_on_files(stage_files(before.folder / "train"), settings, total_bytes, path)
 
-        return self._after(before, "tokenizer", self.settings.tokenizer.model_dump(), build)
+        return self._after(before, "tokenizer", section, build)
 
     def shards(self, before: Finished, tokenizer: Finished) -> Finished:
         """Tokens of both splits, and the validation texts for evaluation."""
+        from data_pipeline.dataset.merge import MergeShards, plan_shards
         from data_pipeline.dataset.publish import write_validation_documents
-        from data_pipeline.dataset.shards import shard_pipeline
+        from data_pipeline.dataset.shards import MAX_DOMAINS
+        from data_pipeline.dataset.tokenise import tokenise_pipeline
+        from data_pipeline.tokenizer.engine import choose_engine
+        from data_pipeline.tokenizer.interface import load_tokenizer
+        from data_pipeline.tokenizer.self_check import adversarial_texts, sample_texts
 
-        domains = sorted(before.tally("kept"))
+        settings, domains = self.settings, sorted(before.tally("kept"))
+        if len(domains) > MAX_DOMAINS:
+            raise BadInputError(f"the documents have {len(domains)} domains, at most {MAX_DOMAINS} can be kept")
+        model = tokenizer_file(tokenizer)
+        loaded = load_tokenizer(model, settings.tokenizer.end_token)
 
         def build(folder: Path) -> None:
+            texts = [*adversarial_texts(loaded), *sample_texts(stage_files(before.folder / "train"))]
+            choice = choose_engine(loaded, texts, settings.tokenizer.engine)
+            self.runner.reporter.line("encoder", choice.describe())
+            (folder / "tallies").mkdir()
+            write_json_atomically(folder / "tallies" / "encoder.json", dataclasses.asdict(choice))
             for name in SPLITS:
                 files = stage_files(before.folder / name)
-                model = tokenizer.folder / "tokenizer.model"
-                pipeline = shard_pipeline(files, folder, name, model, domains, self.settings.shards)
-                self.executor.run(pipeline, len(files), folder / "logs" / name)
+                pieces, tallies = folder / "scratch" / name, folder / "tallies" / name
+                pipeline = tokenise_pipeline(files, pieces, tallies, model, loaded.end_id, choice.name, domains)
+                self.executor.run(pipeline, len(files), folder / "logs" / f"tokenise_{name}")
+                written = [pieces / f"{rank:05d}.bin" for rank in range(len(files))]
+                plan = plan_shards(written, settings.shards.max_tokens)
+                merge = MergeShards(plan, folder / name, loaded.vocab_size)
+                self.executor.run([merge], len(plan), folder / "logs" / f"merge_{name}")
             size = write_validation_documents(stage_files(before.folder / "validation"), folder / "documents.jsonl.gz")
             write_json_atomically(folder / "gzip9.json", size)
 
         inputs = {before.folder.name.split("-")[0]: before.digest, "tokenizer": tokenizer.digest}
-        section = [self.settings.shards.model_dump(), domains]
+        section = [settings.shards.model_dump(), loaded.library, loaded.end_id, domains]
         input_bytes = tally_sum(before.tally("kept"))["bytes"]
         return self.runner.run(Stage("shards", section, inputs, build, ("validation", "train"), input_bytes))
 
@@ -125,11 +220,37 @@ class Preparation:
         return self.runner.run(Stage(name, section, {"before": before.digest}, build, watch, kept["bytes"]))
 
 
+def tokenizer_file(finished: Finished) -> Path:
+    """The one file of a finished tokenizer stage, ``.model`` or ``.json``."""
+    return next(finished.folder.glob("tokenizer.*"))
+
+
+def check_given_tokenizer(settings: TokenizerSettings, reporter: Reporter) -> None:
+    """Refuse a given tokenizer that cannot be used, before any work; say what it loses when that is accepted."""
+    from data_pipeline.tokenizer.interface import load_tokenizer
+    from data_pipeline.tokenizer.self_check import check_tokenizer
+
+    if settings.path is not None:
+        lost = check_tokenizer(
+            load_tokenizer(Path(settings.path), settings.end_token), settings.path, settings.allow_lossy
+        )
+        if lost is not None:
+            reporter.line("tokenizer", f"{settings.path}: does not give every text back: {lost}")
+
+
 def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> Path:
     """Run every stage that is needed and publish the data set; returns its folder."""
     from data_pipeline.dataset.publish import build_manifest, is_published, publish
+    from data_pipeline.report.content import collect
+    from data_pipeline.report.page import write_report
 
-    files = find_source_files(settings.sources)
+    check_given_tokenizer(settings.tokenizer, reporter)
+    if settings.dedup.index is not None:
+        check_index_target(Path(settings.dedup.index), settings.name)
+    check_evaluation_sets(settings.decontamination)
+    tables = find_files(settings.sources, settings.inputs)
+    for line in describe_files(tables):
+        reporter.line("inputs", line)
     output = Path(settings.output)
     try:
         runner = StageRunner(output / ".stages", reporter)
@@ -137,27 +258,46 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         raise BadInputError(f"output = {settings.output!r}: cannot be created ({error.strerror})") from None
     with runner.lock():
         run = Preparation(settings, executor, runner)
-        documents = cleaned = run.clean(files)
-        removals = []
+        documents = cleaned = run.clean(tables)
+        removals: dict[str, Finished] = {}
         if settings.dedup.exact:
-            documents = run.exact(documents)
-            removals.append(documents)
+            documents = removals["exact"] = run.exact(documents)
         if settings.dedup.minhash:
-            documents = run.minhash(documents)
-            removals.append(documents)
+            documents = removals["minhash"] = run.minhash(documents)
+        if settings.dedup.sentences:
+            documents = removals["sentences"] = run.sentences(documents)
+        keys = dict(removals)
+        if settings.decontamination.sets:
+            documents = removals["decontamination"] = run.decontaminate(documents)
         split = run.split(documents)
         tokenizer = run.tokenizer(split)
         shards = run.shards(split, tokenizer)
         domains = sorted(split.tally("kept"))
-        settings_hash = digest_of(settings.model_dump(exclude={"name", "output", "execution"}))
-        manifest, sources = build_manifest(
-            settings.name, shards.folder, tokenizer.folder / "tokenizer.model", domains, settings_hash
+        left_out: dict[str, Any] = {"name": True, "output": True, "execution": True, "tokenizer": {"engine"}}
+        left_out["dedup"] = {"index"}
+        table = cleaned.folder / "files.json"
+        manifest, places = build_manifest(
+            settings.name,
+            shards.folder,
+            tokenizer_file(tokenizer),
+            domains,
+            digest_of(settings.model_dump(exclude=left_out)),
+            settings.tokenizer.end_token,
+            table if table.is_file() else None,
         )
         if is_published(manifest, output):
             reporter.line("publish", "already done")
         else:
-            publish(manifest, sources, make_report(cleaned, removals, split, shards), output)
-            reporter.line("publish", f"manifest {manifest.fingerprint[:16]}")
+            report = make_report(cleaned, list(removals.values()), split, shards)
+            publish(manifest, places, report, output)
+            tokens = {
+                name: {domain: entry.tokens for domain, entry in getattr(manifest, name).by_domain.items()}
+                for name in SPLITS
+            }
+            write_report(collect(settings.name, cleaned, list(removals.values()), report, tokens), output)
+            provenance = "" if manifest.sources else "; documents' provenance was not kept"
+            reporter.line("publish", f"manifest {manifest.fingerprint[:16]}{provenance}")
+        run.write_index(keys)
         runner.prune()
     for name, entry in (("train", manifest.train), ("validation", manifest.validation)):
         total = entry.total
@@ -169,16 +309,28 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
 
 
 def make_report(cleaned: Finished, removals: Sequence[Finished], split: Finished, shards: Finished) -> dict[str, Any]:
-    """Every document accounted for: read = dropped (by reason and domain) + train + validation."""
+    """Every document accounted for: read = quarantined + dropped (both by reason and domain) + train + validation."""
+    from data_pipeline.dedup.decontamination import read_summary
+
     dropped: dict[str, Tally] = {}
+    quarantined: dict[str, Tally] = {}
+    read = cleaned.tally("read")
+    for key, counts in cleaned.tally("quarantined").items():
+        reason, domain = key.split("\t")
+        add_to_tally(quarantined.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
+        add_to_tally(read, domain, counts["bytes"], counts["documents"])
+    decontamination: dict[str, dict[str, int]] = {}
     for stage in (cleaned, *removals):
+        decontamination |= read_summary(stage.folder)
         for folder in sorted((stage.folder / "tallies").glob("dropped*")):
             for key, counts in stage.tally(folder.name).items():
                 reason, domain = key.split("\t")
                 add_to_tally(dropped.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
     return {
-        "read": cleaned.tally("read"),
+        "read": read,
+        "quarantined": quarantined,
         "dropped": dropped,
+        "decontamination": decontamination,
         "kept": split.tally("kept"),
         **{name: shards.tally(name) for name in SPLITS},
     }

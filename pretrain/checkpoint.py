@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from launch.files import fsync_path, path_inside, sha256_of, write_atomically, write_json_atomically
 from launch.settings import BadInputError
 from pretrain.config import CheckpointSection
+from pretrain.data import past_of
 from pretrain.engine import TrainingEngine
 from pretrain.weights import write_weights
 
@@ -44,7 +45,10 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a checkpoint belongs to; a resume that differs is refused."""
+    """What a checkpoint belongs to; a resume that differs is refused.
+
+    Of ``data`` only the part that the samples seen so far depend on: what a run will see next may change.
+    """
 
     model: dict[str, Any]
     data: dict[str, Any]
@@ -131,7 +135,7 @@ class Checkpointer:
         if found is None:
             return None
         record = json.loads((found / STATE).read_text())
-        self._check_identity(found, record["identity"])
+        self._check_identity(found, record["identity"], record["next_sample"])
         self.engine.load(found, ENGINE)
         biases = self.engine.selection_biases()
         for name, bias in load_file(found / BIASES).items():
@@ -157,10 +161,11 @@ class Checkpointer:
             )
         return None
 
-    def _check_identity(self, found: Path, saved: dict[str, Any]) -> None:
+    def _check_identity(self, found: Path, saved: dict[str, Any], next_sample: int) -> None:
         current = asdict(self.identity)
         # Through JSON, as the saved one went: tuples become lists.
         current = json.loads(json.dumps(current))
+        saved, current = ({**each, "data": past_of(each["data"], next_sample)} for each in (saved, current))
         for part in ("model", "data", "topology"):
             if part in self.section.allow_changed:
                 continue

@@ -8,7 +8,7 @@ ones that need the number of ranks are in :func:`check_topology`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
@@ -36,12 +36,149 @@ class RunSection(Section):
         return Path(self.dir) / self.name
 
 
-class DataSection(Section):
-    """Which token shards, cut into sequences of what length, how many sequences an optimizer step sees."""
+class SourceSection(Section):
+    """A data set, or some documents of one, as a part of the mixture (``pretrain/data/selection.py``)."""
 
     path: str
-    sequence_length: int = Field(1024, ge=2, description="tokens a sequence")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default the folder's name")
+    weight: float = Field(1.0, ge=0, description="share of the sequences, in proportion to the other sources'")
+    max_epochs: int | None = Field(None, ge=1, description="then its weight goes to the others; null repeats for ever")
+    domains: tuple[str, ...] | None = Field(None, min_length=1, description="only documents of these; null is all")
+    min_document_tokens: int | None = Field(None, ge=0)
+    max_document_tokens: int | None = Field(None, ge=0)
+    difficulty: tuple[float, float] | None = Field(
+        None, description="quantiles of documents by difficulty: [0, 0.5] is the easier half"
+    )
+    difficulty_file: str | None = Field(
+        None, description="a .npy file, one number a document; default tokens a byte of text"
+    )
+
+    @property
+    def label(self) -> str:
+        """The name that stages, errors and tables use."""
+        return self.name or Path(self.path).name
+
+    @model_validator(mode="after")
+    def _bounds_rise(self) -> SourceSection:
+        if self.difficulty is not None and not 0 <= self.difficulty[0] < self.difficulty[1] <= 1:
+            raise SettingError("difficulty", self.difficulty, "must be two rising quantiles in [0, 1]")
+        if self.difficulty_file is not None and self.difficulty is None:
+            raise SettingError("difficulty_file", self.difficulty_file, "needs difficulty = [low, high]")
+        low, high = self.min_document_tokens, self.max_document_tokens
+        if low is not None and high is not None and low > high:
+            raise SettingError("min_document_tokens", low, f"exceeds max_document_tokens = {high}")
+        return self
+
+
+class StageSection(Section):
+    """A part of a curriculum: what is different from a number of tokens on, up to the next stage."""
+
+    from_tokens: int = Field(ge=0, description="tokens of the run, rounded up to a whole optimizer step")
+    weights: dict[str, float] | None = Field(
+        None, description="by source name, the sources left out rest; null takes the sources' own"
+    )
+    sequence_length: int | None = Field(None, ge=2, description="a divisor of data.sequence_length; null is that")
+    mean_loops: int | None = Field(None, ge=1, description="mean depth of its steps; null is loop.mean_loops")
+
+
+class ResolvedStage(NamedTuple):
+    """A stage with nothing left open: ``weights`` has one for each of the section's sources, in their order."""
+
+    from_tokens: int
+    sequence_length: int
+    weights: tuple[float, ...]
+    mean_loops: int | None
+
+
+class DataSection(Section):
+    """Which token shards in which mixture, cut into sequences of what length, how many an optimizer step sees.
+
+    ``path`` alone is one source. With ``sources`` it is the data set whose held-out text is evaluated, by default the
+    first source's.
+    """
+
+    path: str
+    sequence_length: int = Field(1024, ge=2, description="tokens a sequence; the longest one where stages shorten it")
     global_batch_size: int = Field(256, ge=1, description="sequences an optimizer step, over all ranks")
+    sources: tuple[SourceSection, ...] = Field((), description="a mixture instead of one data set")
+    stages: tuple[StageSection, ...] = Field((), description="a curriculum over the run's tokens")
+    when_used_up: Literal["share", "refuse"] = Field(
+        "share", description="a source at its max_epochs gives its weight to the others, or the run is refused at start"
+    )
+    packing: Literal["concatenate", "best_fit"] = Field(
+        "concatenate", description="cut the stream anywhere, or keep documents whole and pad"
+    )
+    document_mask: bool = Field(False, description="attention stays inside a document")
+    prefetch_workers: int = Field(2, ge=0, description="threads that read ahead; 0 reads when a step begins")
+    prefetch_steps: int = Field(2, ge=1, description="steps that are read ahead")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_of_first_source(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "path" not in values:
+            sources = values.get("sources")
+            if isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], dict) and "path" in sources[0]:
+                return {**values, "path": sources[0]["path"]}
+        return values
+
+    @property
+    def all_sources(self) -> tuple[SourceSection, ...]:
+        """The sources; of ``path`` alone the one it is."""
+        return self.sources or (SourceSection(path=self.path),)
+
+    @property
+    def all_stages(self) -> tuple[ResolvedStage, ...]:
+        """The stages from the first token on, with their defaults filled in."""
+        own = tuple(source.weight for source in self.all_sources)
+        resolved = [
+            ResolvedStage(
+                stage.from_tokens,
+                stage.sequence_length or self.sequence_length,
+                own
+                if stage.weights is None
+                else tuple(stage.weights.get(source.label, 0.0) for source in self.all_sources),
+                stage.mean_loops,
+            )
+            for stage in self.stages
+        ]
+        if not resolved or resolved[0].from_tokens > 0:
+            resolved.insert(0, ResolvedStage(0, self.sequence_length, own, None))
+        return tuple(resolved)
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> DataSection:
+        labels = [source.label for source in self.all_sources]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise SettingError(f"sources.{index}.name", label, "is the name of two sources; give one another name")
+        for index, stage in enumerate(self.stages):
+            self._check_stage(index, stage, labels)
+        if sum(self.all_stages[0].weights) <= 0:
+            raise SettingError("sources.0.weight", 0, "no source has a weight; set one above 0")
+        return self
+
+    def _check_stage(self, index: int, stage: StageSection, labels: list[str]) -> None:
+        key = f"stages.{index}"
+        if index and stage.from_tokens <= self.stages[index - 1].from_tokens:
+            raise SettingError(f"{key}.from_tokens", stage.from_tokens, "must be above the stage's before it")
+        if stage.sequence_length is not None:
+            if self.sequence_length % stage.sequence_length:
+                raise SettingError(
+                    f"{key}.sequence_length",
+                    stage.sequence_length,
+                    f"must divide data.sequence_length = {self.sequence_length}, the longest of the run",
+                )
+            if self.packing == "best_fit" and stage.sequence_length != self.sequence_length:
+                raise SettingError(
+                    f"{key}.sequence_length", stage.sequence_length, 'packing = "best_fit" packs for one length only'
+                )
+        for name, weight in (stage.weights or {}).items():
+            if name not in labels:
+                raise SettingError(f"{key}.weights", name, f"is not a source; accepted: {', '.join(labels)}")
+            if weight < 0:
+                raise SettingError(f"{key}.weights.{name}", weight, "must not be negative")
+        if stage.weights is not None and sum(stage.weights.values()) <= 0:
+            raise SettingError(f"{key}.weights", stage.weights, "no source has a weight; set one above 0")
 
 
 class OptimSection(Section):
@@ -238,6 +375,9 @@ class TrainingConfig(Section):
             raise SettingError(
                 "loop.min_loops", self.shallowest_step, f"{idea} compares two depths: every step needs 2 loops or more"
             )
+        for index, stage in enumerate(self.data.stages):
+            if stage.mean_loops is not None:
+                self._check_stage_depth(f"data.stages.{index}.mean_loops", stage.mean_loops)
         experts, size = self.model.n_experts, self.parallel.expert_parallel_size
         if experts == 0 and size > 1:
             raise SettingError("parallel.expert_parallel_size", size, "model.n_experts = 0 leaves nothing to spread")
@@ -249,6 +389,16 @@ class TrainingConfig(Section):
                 f"must divide model.n_experts = {experts}; accepted: {', '.join(map(str, divisors))}",
             )
         return self
+
+    def _check_stage_depth(self, key: str, mean_loops: int) -> None:
+        """A stage's depth must be one that ``loop`` allows, and deep enough for the ideas that compare two depths."""
+        lowest = self.loop.min_loops if self.loop.distribution != "fixed" else 1
+        if (self.loop.cdl is not None or self.model.slu) and self.loop.distribution == "fixed":
+            lowest = 2
+        highest = self.loop.max_loops
+        if mean_loops < lowest or (highest is not None and mean_loops > highest):
+            limits = f"at least {lowest}" + ("" if highest is None else f" and at most loop.max_loops = {highest}")
+            raise SettingError(key, mean_loops, f"must be {limits}, as loop allows")
 
     @property
     def mean_loops(self) -> int:

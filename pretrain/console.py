@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# A step that waited for its data for more than this share of its time says so.
+WORTH_SAYING = 0.02
+
 
 class TrainingConsole:
     """The first rank's display; the others are given ``enabled=False`` and stay silent."""
@@ -43,6 +46,8 @@ class TrainingConsole:
         if not self._enabled:
             return
         numbers = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        if line["data_wait_seconds"] > WORTH_SAYING * line["step_seconds"]:
+            numbers += f"  waited {line['data_wait_seconds']:.2f} s for data"
         if self._progress is not None:
             self._progress.update(self._task, completed=line["step"], numbers=numbers)
         elif line["step"] % self._every == 0 or line["step"] == self._total:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.dataset.manifest import MANIFEST_NAME
+from data_pipeline.dataset.reader import open_dataset
 from launch.environment import discover_place
 from launch.settings import EXIT_FINISHED, BadInputError
 from model.parameters import PARTS, cache_bytes, count_parameters
 from model.precision import choose_precision
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import deepspeed_config
+
+if TYPE_CHECKING:
+    from pretrain.data import Sampler
 
 
 def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
@@ -30,24 +35,33 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     console = Console(soft_wrap=True)
     console.print(f"{source}: valid", highlight=False)
     console.print(_parameter_table(config))
-    tokens_per_step = config.data.global_batch_size * config.data.sequence_length
     why = " (the smallest for this expert-parallel size; choose with --ranks)" if assumed else ""
-    is_prepared = (Path(config.data.path) / MANIFEST_NAME).is_file()
+    tokens_per_step = config.data.global_batch_size * config.data.sequence_length
+    missing = sorted(path for path in _data_paths(config) if not (Path(path) / MANIFEST_NAME).is_file())
+    sampler = None if missing else _open_sampler(config)
+    total_samples = config.data.global_batch_size * config.schedule.steps
+    # Where a stage shortens sequences only the plan knows; it needs the data.
+    total_tokens = tokens_per_step * config.schedule.steps
+    if sampler is not None:
+        total_tokens = sampler.plan.tokens_before(total_samples)
     facts = {
         "run directory": config.run.path,
         "ranks": f"{world_size}{why}",
         "gradient accumulation steps": config.grad_accum_steps(world_size),
         "tokens a step": f"{tokens_per_step:,}",
         "steps": f"{config.schedule.steps:,}",
-        "tokens in all": f"{tokens_per_step * config.schedule.steps:,}",
+        "tokens in all": f"{total_tokens:,}",
         "loops": f"{config.loop.distribution}, mean {config.mean_loops}, gradients through "
         f"{config.loop.grad_loops or 'all'}",
-        "data set": f"{config.data.path}{'' if is_prepared else ' (not here)'}",
+        "data set": f"{config.data.path}{' (not here)' if config.data.path in missing else ''}",
     }
     precision = choose_precision(config.precision.dtype, _device_type())
     facts["precision here"] = f"{precision.name} ({precision.reason})"
     for name, value in facts.items():
         console.print(f"{name:28} {value}", highlight=False)
+    console.print(_source_table(config, sampler, total_samples))
+    if len(config.data.all_stages) > 1:
+        console.print(_stage_table(config, sampler))
     console.print(_cache_table(config))
     console.print("DeepSpeed configuration", highlight=False)
     console.print_json(json.dumps(deepspeed_config(config, world_size, precision)))
@@ -76,6 +90,63 @@ def _device_type() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _data_paths(config: TrainingConfig) -> set[str]:
+    return {config.data.path, *(source.path for source in config.data.all_sources)}
+
+
+def _open_sampler(config: TrainingConfig) -> Sampler:
+    """The run's sampler, after the checks that training begins with."""
+    from pretrain.data import check_vocabulary, open_sampler
+
+    dataset = open_dataset(Path(config.data.path))
+    check_vocabulary(dataset, config.model.vocab_size)
+    sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
+    sampler.require_enough(config.schedule.steps * config.data.global_batch_size)
+    return sampler
+
+
+def _source_table(config: TrainingConfig, sampler: Sampler | None, total_samples: int) -> Table:
+    """What the run will see of each source; sizes and epochs where the data is here."""
+    table = Table(title=f"sources, {config.data.packing}")
+    table.add_column("source")
+    for column in ("weight", "tokens", "epochs", "used up after"):
+        table.add_column(column, justify="right")
+    ends = dict(sampler.plan.used_up(total_samples)) if sampler is not None else {}
+    for index, source in enumerate(config.data.all_sources):
+        cells = [source.label, f"{source.weight:g}"]
+        if sampler is None:
+            cells += ["?", "?", "?"]
+        else:
+            epochs = sampler.plan.epochs_before(total_samples)[index]
+            cap = "" if source.max_epochs is None else f" of {source.max_epochs}"
+            end = ends.get(source.label)
+            cells += [f"{sampler.sources[index].documents.total_tokens:,}", f"{epochs:.2f}{cap}"]
+            cells.append("" if end is None else f"{sampler.plan.tokens_before(end):,} tokens")
+        table.add_row(*cells)
+    return table
+
+
+def _stage_table(config: TrainingConfig, sampler: Sampler | None) -> Table:
+    """The curriculum; the step at which each stage begins where the data is here."""
+    table = Table(title="stages")
+    for column in ("from tokens", "from step", "sequence length", "mean loops"):
+        table.add_column(column, justify="right")
+    for source in config.data.all_sources:
+        table.add_column(source.label, justify="right")
+    steps: dict[int, int] = {}
+    for segment in [] if sampler is None else sampler.plan.segments:
+        steps.setdefault(segment.stage.from_tokens, segment.from_sample // config.data.global_batch_size)
+    for stage in config.data.all_stages:
+        table.add_row(
+            f"{stage.from_tokens:,}",
+            f"{steps[stage.from_tokens]:,}" if stage.from_tokens in steps else "?",
+            f"{stage.sequence_length:,}",
+            str(stage.mean_loops or config.mean_loops),
+            *(f"{weight / sum(stage.weights):.1%}" for weight in stage.weights),
+        )
+    return table
 
 
 def _cache_table(config: TrainingConfig) -> Table:

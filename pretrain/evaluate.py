@@ -99,6 +99,7 @@ class Evaluator:
         self._dataset, self._sequences = dataset, sequences
         self._batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
         self._limit = config.eval.sequences
+        self._mask = config.data.document_mask
         self._token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
 
     def run(self, engine: TrainingEngine, n_loops: int) -> Evaluation:
@@ -108,21 +109,22 @@ class Evaluator:
         engine.train(False)
         with torch.no_grad():
             for batch in validation_batches(
-                self._sequences, self._batch_size, place.rank, place.world_size, limit=self._limit
+                self._sequences, self._batch_size, place.rank, place.world_size, self._limit, self._mask
             ):
-                tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops).logits)
+                mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
+                tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops, **mask).logits)
         engine.train(True)
         return tally.result(engine.sum_over_ranks(tally.values()))
 
 
 def evaluate_plain(
-    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], domains: list[str], token_bytes_V: Tensor
+    forward: Callable[[Batch], Tensor], batches: Iterable[Batch], domains: list[str], token_bytes_V: Tensor
 ) -> Evaluation:
-    """Evaluate ``forward`` (token ids to logits) in this process alone."""
+    """Evaluate ``forward`` (a batch to logits) in this process alone."""
     tally = Tally(domains, token_bytes_V)
     with torch.no_grad():
         for batch in batches:
-            tally.add(batch, forward(batch.input_ids))
+            tally.add(batch, forward(batch))
     return tally.result()
 
 
@@ -194,14 +196,14 @@ def evaluate_run(
     config, dataset, model = loaded.config, loaded.dataset, loaded.model
     tokens = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
     batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
-    batches = list(validation_batches(tokens, batch_size, 0, 1, limit=sequences))
+    batches = list(validation_batches(tokens, batch_size, 0, 1, sequences, config.data.document_mask))
     token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
     results: dict[int, Evaluation] = {}
     dynamics: dict[int, LoopDynamics] = {}
     for depth in depths or default_depths(config.mean_loops):
 
-        def forward(input_ids_BS: Tensor, n_loops: int = depth) -> Tensor:
-            logits: Tensor = model(input_ids_BS, n_loops=n_loops)
+        def forward(batch: Batch, n_loops: int = depth) -> Tensor:
+            logits: Tensor = model(batch.input_ids, n_loops=n_loops, document_ids=batch.document_ids)
             return logits
 
         watched = track(

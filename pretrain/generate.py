@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.text import Text
 
-from data_pipeline.tokenizer.bpe import Tokenizer
+from data_pipeline.tokenizer.interface import Tokenizer
 from launch.settings import BadInputError, exit_with_status, render_text
 from model.generation import (
     FULL_DEPTH,

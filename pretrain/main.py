@@ -64,7 +64,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     """Assemble a run's collaborators, and train."""
     # Importing these takes seconds (torch, DeepSpeed, matplotlib); a configuration error should not wait for them.
     from pretrain.checkpoint import Checkpointer, RunIdentity, TrainingState
-    from pretrain.data import BatchLoader, TokenSequences
+    from pretrain.data import BatchLoader, Prefetcher, TokenSequences, open_sampler
     from pretrain.engine import TrainingEngine
     from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
     from pretrain.preemption import StopRequest
@@ -73,7 +73,9 @@ def train(config: TrainingConfig, place: Place) -> int:
     from pretrain.trainer import Trainer, TrainingFailedError
 
     dataset = open_training_data(config)
-    sequences = TokenSequences(dataset, "train", config.data.sequence_length, config.run.seed)
+    sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
+    total_samples = config.schedule.steps * config.data.global_batch_size
+    sampler.require_enough(total_samples)
     held_out = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
     run_path = config.run.path
     checkpoints = run_path / "checkpoints"
@@ -86,12 +88,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     engine = TrainingEngine(config, place)
     identity = RunIdentity(
         model=config.model.model_dump(mode="json"),
-        data={
-            "fingerprint": dataset.fingerprint,
-            "sequence_length": config.data.sequence_length,
-            "global_batch_size": config.data.global_batch_size,
-            "seed": config.run.seed,
-        },
+        data=sampler.identity(),
         topology={
             "ranks": place.world_size,
             "zero_stage": config.parallel.zero_stage,
@@ -116,11 +113,18 @@ def train(config: TrainingConfig, place: Place) -> int:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
     loader = BatchLoader(
-        sequences, config.data.global_batch_size, config.parallel.micro_batch_size, place.rank, place.world_size
+        sampler,
+        config.data.global_batch_size,
+        config.parallel.micro_batch_size,
+        place.rank,
+        place.world_size,
+        config.data.document_mask,
     )
-    trainer = Trainer(config, engine, loader, Evaluator(config, dataset, held_out), checkpointer, log, stop)
     try:
-        status = trainer.train(start)
+        with Prefetcher(loader, total_samples, config.data.prefetch_workers, config.data.prefetch_steps) as batches:
+            evaluator = Evaluator(config, dataset, held_out)
+            trainer = Trainer(config, engine, sampler, batches, evaluator, checkpointer, log, stop)
+            status = trainer.train(start)
     except BadInputError as error:
         # Found while training, perhaps by this rank alone (a damaged shard on one node): the others stay silent.
         if not place.is_first:

@@ -59,6 +59,7 @@ class RunLog:
             "tokens": state.tokens,
             "tokens_per_second": tokens_per_step / step_seconds,
             "step_seconds": step_seconds,
+            "data_wait_seconds": result.data_wait_seconds,
             "next_sample": state.next_sample,
             "injection_radius": engine.injection_radius(),
             **{name: value for name, value in result.terms.items() if name != "loss"},

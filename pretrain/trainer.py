@@ -18,7 +18,7 @@ from torch import Tensor
 from launch.settings import EXIT_FINISHED, EXIT_PREEMPTED
 from pretrain.checkpoint import Checkpointer, TrainingState
 from pretrain.config import TrainingConfig
-from pretrain.data import Batch, BatchLoader
+from pretrain.data import Batch, Prefetcher, Sampler
 from pretrain.engine import StepOutcome, TrainingEngine
 from pretrain.evaluate import Evaluator
 from pretrain.loop_depth import sample_loops, sample_shallow_loop
@@ -39,6 +39,7 @@ class StepResult:
     outcome: StepOutcome
     terms: dict[str, float]  # means over ranks and micro-batches, see ``pretrain.losses.Objective``
     expert_load_TLE: Tensor | None
+    data_wait_seconds: float  # mean over ranks of the time in which a step waited for its batches
     stop_requested: bool
 
     @property
@@ -54,25 +55,28 @@ class Trainer:
         self,
         config: TrainingConfig,
         engine: TrainingEngine,
-        loader: BatchLoader,
+        sampler: Sampler,
+        batches: Prefetcher,
         evaluator: Evaluator,
         checkpointer: Checkpointer,
         log: RunLog,
         stop: StopRequest,
     ) -> None:
-        self.config, self.engine, self.loader, self.evaluator = config, engine, loader, evaluator
+        self.config, self.engine, self.sampler, self.batches = config, engine, sampler, batches
+        self.evaluator = evaluator
         self.checkpointer, self.log, self.stop = checkpointer, log, stop
 
     def train(self, state: TrainingState) -> int:
         """Train from ``state`` to the last step; returns the exit status: finished, or preempted and resumable."""
         config = self.config
-        tokens_per_step = config.data.global_batch_size * config.data.sequence_length
         while state.step < config.schedule.steps:
             started = time.monotonic()
             step = state.step + 1
-            loops = sample_loops(config.loop, config.mean_loops, config.run.seed, step)
+            stage = self.sampler.stage_at(state.next_sample)
+            tokens_per_step = config.data.global_batch_size * stage.sequence_length
+            loops = sample_loops(config.loop, stage.mean_loops or config.mean_loops, config.run.seed, step)
             lr = config.optim.lr * lr_scale(config.schedule, step)
-            batches = self.loader.step_batches(state.next_sample)
+            batches = self.batches.step_batches(state.next_sample)
             result = self._step(batches, step, loops, lr)
             self._require_finite(result, step, batches)
             state = replace(
@@ -99,6 +103,8 @@ class Trainer:
         reads = self._depths_to_read(step, loops)
         sums: dict[str, Tensor] = {}
         for batch in batches:
+            if batch.document_ids is not None:
+                reads["document_ids"] = batch.document_ids.to(engine.device)
             output = engine.forward(
                 batch.input_ids.to(engine.device), loops, grad_loops=config.loop.grad_loops, **reads
             )
@@ -111,10 +117,11 @@ class Trainer:
         if expert_load is not None and not outcome.skipped:
             engine.balance_experts(expert_load)
         stop = float(self.stop.received is not None)
-        *totals, stop_votes = engine.sum_over_ranks([*torch.stack(list(sums.values())).tolist(), stop])
+        waited = self.batches.waited_seconds
+        *totals, waited, stop_votes = engine.sum_over_ranks([*torch.stack(list(sums.values())).tolist(), waited, stop])
         share = len(batches) * engine.place.world_size
         terms = {name: total / share for name, total in zip(sums, totals, strict=True)}
-        return StepResult(outcome, terms, expert_load, stop_votes > 0)
+        return StepResult(outcome, terms, expert_load, waited / engine.place.world_size, stop_votes > 0)
 
     def _depths_to_read(self, step: int, loops: int) -> dict[str, Any]:
         """What CDL and SLU need to see besides the last loop: the same depths on every rank."""

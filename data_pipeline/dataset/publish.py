@@ -1,6 +1,8 @@
 """From finished stages to a data set: files linked into place, the report, and last of all the manifest.
 
-While files change there is no manifest, so a reader sees the old data set, none, or the new one, never a mixture.
+Everything that can fail for want of room happens first, under temporary names, while an older data set is still whole.
+Then its manifest goes away, the files get their names, and the new manifest comes. So a reader sees the old data set,
+none, or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -11,30 +13,24 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.dataset.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    ShardEntry,
-    fingerprint_of,
-)
+from data_pipeline.dataset.manifest import FORMAT_VERSION, MANIFEST_NAME, SHARD_SUFFIXES, Manifest, fingerprint_of
+from data_pipeline.dataset.merge import shard_name
 from data_pipeline.dataset.reader import check_file, read_manifest
-from data_pipeline.dataset.shards import open_shard
+from data_pipeline.dataset.shards import dtype_for, read_description, shard_file, unwritable
 from data_pipeline.inputs.readers import InputFile, read_documents
 from data_pipeline.split import SPLITS
-from data_pipeline.tokenizer.bpe import Tokenizer
+from data_pipeline.tokenizer.interface import load_tokenizer
 from launch.files import fsync_path, sha256_of, write_json_atomically
 from launch.settings import BadInputError
 
-TOKENIZER_NAME = "tokenizer/tokenizer.model"
 VALIDATION_DOCUMENTS_NAME = "validation/documents.jsonl.gz"
+SOURCES_NAME = "sources.json"
 GZIP_LEVEL = 9
 
 Values = dict[str, Any]
@@ -59,94 +55,129 @@ def file_entry(path: Path, name: str) -> Values:
     return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _split_entry(paths: Sequence[Path], split: str, domains: Sequence[str]) -> Values:
-    shards, by_domain = [], np.zeros((len(domains), 3), dtype=np.int64)
+def _split_entry(paths: Sequence[Path], split: str, domains: Sequence[str]) -> tuple[Values, dict[str, Path]]:
+    shards, origins = [], {}
+    by_domain = np.zeros((len(domains), 3), dtype=np.int64)
     for index, path in enumerate(paths):
-        shard = open_shard(path)
-        lengths = np.diff(shard.document_ends, prepend=np.uint64(0))
-        per_document = np.stack([lengths, np.ones_like(lengths), shard.utf8_bytes], axis=1).astype(np.int64)
-        np.add.at(by_domain, shard.domain_ids, per_document)
-        entry = file_entry(path, f"{split}/shard_{index:05d}.tokens")
-        entry |= zip(("tokens", "documents", "utf8_bytes"), per_document.sum(axis=0).tolist(), strict=True)
+        description = read_description(path)
+        by_domain[: len(description.by_domain)] += description.by_domain
+        entry = description.entry.model_dump()
+        for kind in SHARD_SUFFIXES:
+            name = str(shard_file(Path(split) / shard_name(index), kind))
+            entry["files"][kind]["file"] = name
+            origins[name] = shard_file(path, kind)
         shards.append(entry)
 
     def totals(row: np.ndarray[Any, Any]) -> Values:
         return dict(zip(("tokens", "documents", "utf8_bytes"), row.tolist(), strict=True))
 
-    return {
+    values = {
         "shards": shards,
         "total": totals(by_domain.sum(axis=0)),
         "by_domain": {domain: totals(row) for domain, row in zip(domains, by_domain, strict=True) if row[1]},
     }
+    return values, origins
 
 
 def build_manifest(
-    name: str, shards_folder: Path, tokenizer_path: Path, domains: Sequence[str], settings_hash: str
+    name: str,
+    shards_folder: Path,
+    tokenizer_path: Path,
+    domains: Sequence[str],
+    settings_hash: str,
+    end_token: str | None = None,
+    sources_path: Path | None = None,
 ) -> tuple[Manifest, dict[str, Path]]:
-    """The manifest over the shards stage's files, and where each of its file names comes from."""
-    tokenizer = Tokenizer.load(tokenizer_path)
-    sources = {TOKENIZER_NAME: tokenizer_path, VALIDATION_DOCUMENTS_NAME: shards_folder / "documents.jsonl.gz"}
+    """The manifest over the shards in ``shards_folder/SPLIT``, and where each of its file names comes from.
+
+    ``sources_path`` is the table of raw files that origins point into.
+    """
+    tokenizer = load_tokenizer(tokenizer_path, end_token)
+    tokenizer_name = f"tokenizer/tokenizer{tokenizer_path.suffix}"
+    places = {tokenizer_name: tokenizer_path, VALIDATION_DOCUMENTS_NAME: shards_folder / "documents.jsonl.gz"}
+    if sources_path is not None:
+        places[SOURCES_NAME] = sources_path
     values: Values = {
         "format_version": FORMAT_VERSION,
         "name": name,
+        "dtype": dtype_for(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "end_token_id": tokenizer.end_id,
-        "tokenizer": file_entry(tokenizer_path, TOKENIZER_NAME),
+        "tokenizer": file_entry(tokenizer_path, tokenizer_name),
         "domains": list(domains),
         "settings_hash": settings_hash,
+        "sources": file_entry(sources_path, SOURCES_NAME) if sources_path is not None else None,
     }
     for split in SPLITS:
-        paths = sorted((shards_folder / split).glob("*.tokens"))
-        values["dtype"] = open_shard(paths[0]).dtype
-        values[split] = _split_entry(paths, split, domains)
-        sources |= zip((shard["file"] for shard in values[split]["shards"]), paths, strict=True)
-    documents = file_entry(sources[VALIDATION_DOCUMENTS_NAME], VALIDATION_DOCUMENTS_NAME)
+        paths = sorted((shards_folder / split).glob("*.bin"))
+        values[split], origins = _split_entry(paths, split, domains)
+        places |= origins
+    documents = file_entry(places[VALIDATION_DOCUMENTS_NAME], VALIDATION_DOCUMENTS_NAME)
     documents["gzip9_bytes"] = json.loads((shards_folder / "gzip9.json").read_text())
     values["validation_documents"] = documents
     values["fingerprint"] = fingerprint_of(values)
-    return Manifest.model_validate(values), sources
-
-
-def _entries(manifest: Manifest) -> list[FileEntry]:
-    shards: Iterable[ShardEntry] = (*manifest.train.shards, *manifest.validation.shards)
-    return [manifest.tokenizer, manifest.validation_documents, *shards]
+    return Manifest.model_validate(values), places
 
 
 def is_published(manifest: Manifest, folder: Path) -> bool:
     """Whether ``folder`` holds exactly this data set, by sizes."""
     try:
         return read_manifest(folder) == manifest and all(
-            check_file(folder, entry, verify=False) for entry in _entries(manifest)
+            check_file(folder, entry, verify=False) for entry in manifest.files()
         )
     except BadInputError:
         return False
 
 
-def _place(source: Path, target: Path) -> None:
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _bring(source: Path, target: Path) -> None:
+    """Link or copy ``source`` to the temporary name of ``target``."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, temporary)
         fsync_path(temporary)
-    os.replace(temporary, target)
 
 
-def publish(manifest: Manifest, sources: dict[str, Path], report: Values, folder: Path) -> None:
-    """Make ``folder`` this data set: manifest away, files in place, foreign shards out, report, manifest back."""
-    folder.mkdir(parents=True, exist_ok=True)
+def publish(manifest: Manifest, places: Mapping[str, Path], report: Values, folder: Path) -> None:
+    """Make ``folder`` this data set.
+
+    Raises ``BadInputError`` when there is no room; ``folder`` is then what it was before.
+    """
+    targets = {entry.file: folder / entry.file for entry in manifest.files()}
+    written = {folder / "report.json": report, folder / MANIFEST_NAME: manifest.model_dump(mode="json")}
+    try:
+        for name, target in targets.items():
+            _bring(places[name], target)
+        for target, values in written.items():
+            write_json_atomically(_temporary(target), values)
+    except OSError as error:
+        for target in (*targets.values(), *written):
+            _temporary(target).unlink(missing_ok=True)
+        raise unwritable(folder, error) from None
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     fsync_path(folder)
-    for entry in _entries(manifest):
-        _place(sources[entry.file], folder / entry.file)
-    for split in SPLITS:
-        for path in (folder / split).glob("shard_*.tokens"):
-            if f"{split}/{path.name}" not in sources:
-                path.unlink()
-    for parent in {(folder / entry.file).parent for entry in _entries(manifest)}:
+    for target in (*targets.values(), folder / "report.json"):
+        os.replace(_temporary(target), target)
+        # Renaming a file to another name of itself (POSIX: two hard links) does nothing and leaves both.
+        _temporary(target).unlink(missing_ok=True)
+    _remove_old(folder, targets.keys())
+    for parent in {target.parent for target in targets.values()}:
         with contextlib.suppress(OSError):
             fsync_path(parent)
-    write_json_atomically(folder / "report.json", report)
-    write_json_atomically(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    os.replace(_temporary(folder / MANIFEST_NAME), folder / MANIFEST_NAME)
+    fsync_path(folder)
+
+
+def _remove_old(folder: Path, names: Collection[str]) -> None:
+    """Remove the files of an earlier data set that this one does not have; nothing else in the folder is touched."""
+    for pattern in (*(f"{split}/shard_*" for split in SPLITS), "tokenizer/tokenizer.*", SOURCES_NAME):
+        for path in folder.glob(pattern):
+            if str(path.relative_to(folder)) not in names:
+                path.unlink()

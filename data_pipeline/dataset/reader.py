@@ -1,13 +1,18 @@
 """Reading a prepared data set: the manifest, then each split as one long stream of tokens over its shards.
 
-Needs numpy only. Whatever is wrong with the files ends in a ``BadInputError`` with the file and the remedy.
+Needs numpy only. Whatever is wrong with the files ends in a ``BadInputError`` with the file and the remedy. Opening
+compares names, sizes, headers and counts, at a cost that grows with the number of shards only; ``verify=True`` reads
+every byte.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,21 +22,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import MANIFEST_NAME, FileEntry, Manifest, SplitEntry
-from data_pipeline.dataset.shards import Shard, open_shard
+from data_pipeline.dataset.shards import UNKNOWN_SOURCE, Shard, check_shard, open_shard
 from data_pipeline.split import SPLITS
-from data_pipeline.tokenizer.bpe import Tokenizer
+from data_pipeline.tokenizer.interface import Tokenizer, load_tokenizer
 from launch.files import path_inside, sha256_of
 from launch.settings import BadInputError, parse_settings, read_json_object
 
 PREPARE = "prepare it with: python data_pipeline/main.py --config configs/data/demo.json (or your own configuration)"
+FILES_PER_SHARD = 3
+SPARE_FILES = 256
 
 
 class TokenStream:
     """The tokens of one split, shard after shard, as if they were one array of ``total_tokens``."""
 
-    def __init__(self, shards: list[Shard], vocab_size: int) -> None:
+    def __init__(self, shards: list[Shard], vocab_size: int, domains: int = 2**16) -> None:
         self.shards = shards
         self.vocab_size = vocab_size
+        self._domains = domains
         self._starts = np.concatenate([[0], np.cumsum([shard.tokens.size for shard in shards], dtype=np.int64)])
         self.total_tokens = int(self._starts[-1])
 
@@ -65,7 +73,25 @@ class TokenStream:
         for shard, begin, end in self._pieces(start, count):
             document = np.searchsorted(shard.document_ends, np.arange(begin, end, dtype=np.uint64), side="right")
             parts.append(shard.domain_ids[document].astype(np.int64))
+            if end > begin and int(parts[-1].max()) >= self._domains:
+                raise BadInputError(
+                    f"{shard.path}: a domain id of its documents is not one of the manifest's: the shard is damaged; "
+                    "prepare the data set again"
+                )
         return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a document came from: its source's name, the file there, and the position in that file.
+
+    The position is a byte offset in the decompressed stream for JSON lines, a row number for Parquet, a record number
+    for WARC, and 0 for a file that is one document.
+    """
+
+    source: str
+    file: str
+    position: int
 
 
 @dataclass(frozen=True)
@@ -97,8 +123,38 @@ class Dataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens."""
-        return Tokenizer.load(path_inside(self.folder, self.manifest.tokenizer.file))
+        """The tokenizer that made the tokens. Raises ``BadInputError`` when the file is another one."""
+        path = check_file(self.folder, self.manifest.tokenizer, verify=True)
+        tokenizer = load_tokenizer(path, self.manifest.end_token_id)
+        if tokenizer.vocab_size != self.vocab_size:
+            raise BadInputError(
+                f"{path}: has {tokenizer.vocab_size} tokens, the manifest says {self.vocab_size}; "
+                "prepare the data set again"
+            )
+        return tokenizer
+
+    @cached_property
+    def source_files(self) -> list[dict[str, Any]] | None:
+        """The table that origins point into, ``[{"source": name, "files": [name, ...]}, ...]``; None when not kept."""
+        if self.manifest.sources is None:
+            return None
+        path = check_file(self.folder, self.manifest.sources, verify=True)
+        table: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return table
+
+    def provenance(self, shard: Shard, document: int) -> Provenance | None:
+        """Where a document was read; None when that is not known."""
+        source, file, position = shard.origins[document].item()
+        if self.source_files is None or source == UNKNOWN_SOURCE:
+            return None
+        try:
+            entry = self.source_files[source]
+            return Provenance(str(entry["source"]), str(entry["files"][file]), position)
+        except (IndexError, KeyError, TypeError):
+            raise BadInputError(
+                f"{shard.path}: document {document} is from file {file} of source {source}, which is not in the table "
+                "of sources; prepare the data set again"
+            ) from None
 
     def validation_documents(self) -> Iterator[dict[str, Any]]:
         """The held-out documents in stream order: ``id``, ``text``, ``domain``, ``source``."""
@@ -122,7 +178,7 @@ def check_file(folder: Path, entry: FileEntry, verify: bool) -> Path:
     """The path of a manifest's file, after comparing its size and, with ``verify``, its hash."""
     try:
         path = path_inside(folder, entry.file)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise BadInputError(f"{folder / MANIFEST_NAME}: {error}; prepare the data set again") from None
     if not path.is_file():
         raise BadInputError(f"{path}: named by the manifest but missing; prepare the data set again")
@@ -135,25 +191,41 @@ def check_file(folder: Path, entry: FileEntry, verify: bool) -> Path:
     return path
 
 
+def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    """Every file of the manifest, several at a time; the first wrong one in its order is the one that is named."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        for checked in [pool.submit(check_file, folder, entry, verify) for entry in manifest.files()]:
+            checked.result()
+
+
+def _allow_open_files(shards: int) -> None:
+    """A mapped file keeps its descriptor, so many shards need a higher limit than the usual 1,024."""
+    needed = FILES_PER_SHARD * shards + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise BadInputError(
+            f"{shards} shards need {needed} open files, this machine allows {hard}; "
+            "raise the limit (ulimit -Hn), or prepare the data set with a larger shards.max_tokens"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _open_split(folder: Path, manifest: Manifest, split: SplitEntry, verify: bool) -> TokenStream:
     shards = []
     for entry in split.shards:
-        path = check_file(folder, entry, verify)
-        shard = open_shard(path)
-        found = (shard.dtype, shard.vocab_size, shard.tokens.size, shard.document_ends.size)
-        if found != (manifest.dtype, manifest.vocab_size, entry.tokens, entry.documents):
+        shard = open_shard(path_inside(folder, entry.files.tokens.file))
+        found = (shard.dtype, shard.tokens.size, shard.document_ends.size)
+        if found != (manifest.dtype, entry.tokens, entry.documents):
             raise BadInputError(
-                f"{path}: bad header: {found[0]}, vocabulary {found[1]}, {found[2]} tokens, {found[3]} documents "
-                "disagree with the manifest; prepare the data set again"
+                f"{shard.path}: {found[0]}, {found[1]} tokens, {found[2]} documents disagree with the manifest; "
+                "prepare the data set again"
             )
-        if int(shard.domain_ids.max()) >= len(manifest.domains):
-            raise BadInputError(f"{path}: a domain id is not one of the manifest's; prepare the data set again")
-        if verify and int(shard.tokens.max()) >= manifest.vocab_size:
-            raise BadInputError(
-                f"{path}: a token id is not below vocab_size = {manifest.vocab_size}; prepare the data set again"
-            )
+        if verify:
+            check_shard(shard, manifest.vocab_size, len(manifest.domains))
         shards.append(shard)
-    return TokenStream(shards, manifest.vocab_size)
+    return TokenStream(shards, manifest.vocab_size, len(manifest.domains))
 
 
 def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
@@ -163,8 +235,8 @@ def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    check_file(folder, manifest.tokenizer, verify)
-    check_file(folder, manifest.validation_documents, verify)
-    splits = {"train": manifest.train, "validation": manifest.validation}
+    _check_files(folder, manifest, verify)
+    _allow_open_files(len(manifest.train.shards) + len(manifest.validation.shards))
+    splits = manifest.splits()
     streams = {name: _open_split(folder, manifest, splits[name], verify) for name in SPLITS}
     return Dataset(folder, manifest, streams)

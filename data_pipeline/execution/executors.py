@@ -1,51 +1,55 @@
-"""Where pipelines run. One seam: a pipeline, a number of tasks, a folder for logs; local processes today.
+"""Where pipelines run: processes on this machine, tasks of Slurm arrays (slurm.py), or MPI ranks (mpi.py).
 
-datatrove logs to stderr from every task. Users watch our progress instead, so tasks run with stderr redirected; all of
-it, tracebacks included, is in ``LOGS/logs/task_*.log``.
+One seam: ``executor.run(pipeline, pieces, logs)`` runs the pipeline on every piece (pieces.py) and returns when all are
+done; on how many workers, and where, changes no byte.
+
+Why not datatrove's executors: its local one waits for ever when a worker is killed (multiprocessing's pool starts
+another worker, but the task is lost) and cannot say which task it was; its Slurm one pickles itself to a file that
+every task unpickles, and both believe completion markers that say nothing about files. Its executor base class runs
+each piece here.
 """
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import multiprocess  # type: ignore[import-untyped]
-from datatrove.executor import LocalPipelineExecutor
+import dill  # type: ignore[import-untyped]
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.logging import logger
 
-from data_pipeline.execution.no_orphans import exit_with_the_run, kill_forked_children_with_this_process
-from launch.settings import BadInputError
+from data_pipeline.config import ExecutionSettings
+from data_pipeline.execution.crew import Finished, Joined, Lost, hand_out
+from data_pipeline.execution.pieces import Work, raise_first
+from data_pipeline.execution.worker import receive_result, send_piece, send_work, serve
 
+ROOT = Path(__file__).resolve().parents[2]
 EXECUTORS = ("local", "slurm", "mpi")
+# Imported once, by the server that workers are forked from: a start then costs milliseconds, not seconds.
 WORKER_MODULES = [
+    "data_pipeline.inputs.piece_reader",
     "data_pipeline.clean.pipeline",
-    "data_pipeline.dedup.pipeline",
-    "data_pipeline.dataset.shards",
+    "data_pipeline.dedup.minhash",
     "data_pipeline.split",
+    "data_pipeline.dataset.tokenise",
+    "data_pipeline.dataset.merge",
 ]
 
 
 class Executor(Protocol):
-    """Runs every task of a pipeline and returns when all are done; raises what a task raised."""
+    """Runs every piece of a pipeline and returns when all are done.
+
+    Raises ``BadInputError`` for the lowest piece whose input is bad, ``PieceFailedError`` for what else went wrong.
+    """
 
     def run(self, pipeline: Sequence[PipelineStep], tasks: int, logs: Path) -> None:
-        """Run ``tasks`` tasks of ``pipeline``."""
-
-
-class _QuietLocalPipelineExecutor(LocalPipelineExecutor):
-    """datatrove's local executor without its chatter on the terminal."""
-
-    def _launch_run_for_rank(self, rank: int, *args: Any, **kwargs: Any) -> Any:
-        exit_with_the_run()
-        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
-            try:
-                return super()._launch_run_for_rank(rank, *args, **kwargs)
-            finally:
-                logger.remove()  # its sink is the redirected stream, closed from here on
+        """Run ``pipeline`` on pieces 0 to ``tasks - 1``, but for those that an earlier attempt finished."""
 
 
 class LocalExecutor:
@@ -55,22 +59,114 @@ class LocalExecutor:
         self.workers = workers
 
     def run(self, pipeline: Sequence[PipelineStep], tasks: int, logs: Path) -> None:
-        """Run ``tasks`` tasks of ``pipeline``; datatrove's own completion markers are not used (see stages.py)."""
-        logger.remove()
-        kill_forked_children_with_this_process()
-        # Workers are forked from a server that has these imported already: a start costs milliseconds, not seconds.
-        multiprocess.set_forkserver_preload(WORKER_MODULES)
-        _QuietLocalPipelineExecutor(
-            pipeline=list(pipeline),
-            tasks=tasks,
-            workers=min(self.workers, tasks),
-            logging_dir=str(logs),
-            skip_completed=False,
-        ).run()
+        """See :class:`Executor`."""
+        work = Work.of(pipeline, tasks, logs)
+        todo = work.start()
+        before = work.files_before()
+        if self.workers == 1:
+            for piece in todo:
+                failure = work.try_piece(piece)
+                if failure is not None:
+                    raise_first([failure])
+        elif todo:
+            with _Processes(work, min(self.workers, len(todo))) as crew:
+                hand_out(work, todo, crew, lost_is_failure=True)
+        work.check_complete(before)
 
 
-def create_executor(name: str, workers: int) -> Executor:
-    """The executor called ``name``, or a ``BadInputError`` that says which are available."""
-    if name != "local":
-        raise BadInputError(f"--executor {name}: is not available yet; available now: local")
-    return LocalExecutor(workers)
+def _start_fork_server() -> None:
+    """Start the process that workers are forked from, unless it runs.
+
+    It imports before it hears of this process's ``sys.path``, so from an installed copy unless told otherwise.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+    try:
+        forkserver.set_forkserver_preload(WORKER_MODULES)
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+class _Processes:
+    """A crew of local processes, each with a pipe."""
+
+    def __init__(self, work: Work, workers: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        _start_fork_server()
+        payload = dill.dumps(work)
+        self._processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
+        self._new: list[Connection] = []
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            send_work(ours, payload)
+            self._processes[ours] = process
+            self._new.append(ours)
+
+    def events(self) -> Iterator[Joined | Finished | Lost]:
+        """See ``Crew``."""
+        joined, self._new = self._new, []
+        yield from map(Joined, joined)
+        if joined:
+            return
+        for connection in wait(list(self._processes)):
+            assert isinstance(connection, Connection)
+            try:
+                yield Finished(connection, receive_result(connection))
+            except (EOFError, OSError):
+                process = self._processes.pop(connection)
+                process.join()
+                yield Lost(connection, _how_it_ended(process.exitcode or 0))
+
+    def give(self, worker: Hashable, piece: int) -> None:
+        """See ``Crew``."""
+        assert isinstance(worker, Connection)
+        send_piece(worker, piece)
+
+    @property
+    def over(self) -> str | None:
+        """See ``Crew``."""
+        return None if self._processes else "all workers were killed; run again: it goes on from here"
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()  # idle, or at a piece whose result nobody wants any more
+        for connection, process in self._processes.items():
+            process.join()
+            connection.close()
+
+
+def _how_it_ended(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "its worker was killed (SIGKILL), as when memory runs out; try fewer execution.workers, then run again"
+    if status < 0:
+        return f"its worker was killed by {signal.Signals(-status).name}; run again: it goes on from here"
+    return f"its worker ended with status {status}; run again: it goes on from here"
+
+
+@contextmanager
+def open_executor(name: str, settings: ExecutionSettings) -> Iterator[Executor]:
+    """The executor called ``name``.
+
+    Under MPI only rank 0 gets into the body; the other ranks work for it and then leave the process.
+    """
+    if name == "slurm":
+        from data_pipeline.execution.slurm import SlurmExecutor
+
+        yield SlurmExecutor(settings.slurm)
+    elif name == "mpi":
+        from data_pipeline.execution.mpi import open_mpi_executor
+
+        with open_mpi_executor() as executor:
+            yield executor
+    else:
+        yield LocalExecutor(settings.workers)

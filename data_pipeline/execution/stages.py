@@ -1,16 +1,17 @@
-"""Stages: what is finished is skipped, what changed is done again, what was cut off is started over.
+"""Stages: what is finished is skipped, what changed is done again, what was cut off goes on.
 
 A stage is keyed by a hash of its settings and of the *content* of its inputs (the digest of each earlier stage, or the
-hashes of source files). It works in ``STAGES/NAME-KEY.RANDOM.partial``, and that folder is renamed to
-``STAGES/NAME-KEY`` after its completion record ``DONE.json`` is written; so a folder without ``.partial`` is whole, and
-workers that outlive a killed run write where nobody looks. A record lists the
-files with their sizes, and a stage whose files are gone or of another size is done again: unlike datatrove's own
-completion markers, nothing is believed because a marker exists.
+hashes of source files). Each attempt at it works in a folder of its own, ``STAGES/NAME-KEY.RANDOM.partial``, which
+takes over what earlier attempts finished (pieces.py) and is renamed to ``STAGES/NAME-KEY`` after its completion record
+``DONE.json`` is written; so a folder without ``.partial`` is whole, and workers that outlive a killed run write where
+nobody looks. A record lists the files with their sizes, and a stage whose files are gone or of another size is done
+again: unlike datatrove's own completion markers, nothing is believed because a marker exists.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.execution.pieces import PARTIAL_SUFFIX, WorkersLostError
 from data_pipeline.execution.progress import Reporter
 from data_pipeline.execution.tally import Tally, read_tallies, tally_sum
 from launch.files import fsync_path, sha256_of, write_json_atomically
@@ -33,7 +35,9 @@ from launch.settings import BadInputError
 PIPELINE_VERSION = 1
 RECORD_NAME = "DONE.json"
 SCRATCH_NAMES = ("scratch", "logs")
-SIDE_NAMES = ("tallies", "dropped")
+SIDE_NAMES = ("tallies", "dropped", "samples")
+# Attempts in a row in which workers were lost and no piece was finished, before a stage is given up.
+FRUITLESS_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -103,23 +107,44 @@ class StageRunner:
             self.reporter.line(stage.name, "already done")
             return Finished(folder, record["digest"], skipped=True)
         shutil.rmtree(folder, ignore_errors=True)
-        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-        partial.mkdir()
         start = time.monotonic()
-        with self.reporter.watch(stage.name, [partial / "tallies" / name for name in stage.watch], stage.input_bytes):
-            stage.build(partial)
+        partial = self._build(stage, folder)
         digest = _write_record(partial, stage.key)
         os.replace(partial, folder)
         fsync_path(self.folder)
+        for path in self.folder.glob(f"{glob.escape(folder.name)}.*{PARTIAL_SUFFIX}"):
+            _remove(path)
         finished = Finished(folder, digest, skipped=False)
         self.reporter.line(stage.name, _summary(finished, stage, time.monotonic() - start))
         return finished
+
+    def _build(self, stage: Stage, folder: Path) -> Path:
+        """Attempt the stage, again while workers get lost but pieces get done; returns the attempt's folder."""
+        fruitless = 0
+        while True:
+            partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+            partial.mkdir()
+            tallies = [partial / "tallies" / name for name in stage.watch]
+            try:
+                with self.reporter.watch(stage.name, tallies, stage.input_bytes):
+                    stage.build(partial)
+                return partial
+            except WorkersLostError as lost:
+                fruitless = 0 if lost.finished else fruitless + 1
+                if fruitless == FRUITLESS_ATTEMPTS:
+                    raise
+                self.reporter.line(stage.name, f"goes on after this: {lost}")
 
     def prune(self) -> None:
         """Remove results of earlier settings, and leftovers of runs that were cut off."""
         for path in self.folder.iterdir():
             if path.is_dir() and path not in self._used:
-                shutil.rmtree(path)
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove as much as can be: a worker of a killed run may still be writing there, and later runs remove the rest."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _summary(finished: Finished, stage: Stage, seconds: float) -> str:

@@ -40,10 +40,12 @@ def write_tally(folder: Path, rank: int, tally: Tally) -> None:
     temporary.replace(folder / f"{rank:05d}.json")
 
 
-def read_tallies(folder: Path) -> Tally:
-    """The sum of all tasks' tallies in ``folder``; empty when there are none."""
+def read_tallies(folder: Path, since: float = 0.0) -> Tally:
+    """The sum of all tasks' tallies in ``folder`` written at ``since`` (a file's time) or later; {} without any."""
     total: Tally = {}
     for path in sorted(folder.glob("[0-9]*.json")):
+        if path.stat().st_mtime < since:
+            continue
         for key, counts in json.loads(path.read_text()).items():
             add_to_tally(total, key, counts["bytes"], counts["documents"])
     return total

@@ -1,63 +1,37 @@
-"""Documents in: strict readers of JSON lines.
+"""Between stages: the document files that one stage writes and the next one reads.
 
-datatrove's own ``JsonlReader`` logs a warning for a broken line, skips it and goes on; here bad input stops the run
-with its file and line. Documents without text are passed on, so that the quality stage drops them under a name.
-
-Files are dealt to tasks as ``files[rank::world_size]``; every pipeline here runs one task a file, so rank and
-position identify a document, which is what datatrove's de-duplication relies on.
+These files are ours, so damage in them is an error, never a record to put aside (raw inputs: piece_reader.py). Metadata
+is passed on untouched. Every stage writes one file a piece, in order, and every pipeline runs one task a file, so rank
+and position identify a document, which is what datatrove's de-duplication relies on.
 """
 
 from __future__ import annotations
 
 import glob
-import lzma
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
 import orjson
-import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.config import SourceSettings
+from data_pipeline.inputs.formats import compression_of
+from data_pipeline.inputs.parts import BadRecord
+from data_pipeline.inputs.streams import StoredFile, cannot_read, decompressed, lines
 from launch.settings import BadInputError
 
 DOCUMENTS_SUFFIX = ".jsonl.zst"
-READ_BYTES = 1 << 18
+# Cleaning has its own, much lower limit; this one bounds memory where a file is not what it seems to be.
+MAX_LINE_BYTES = 2**31
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of documents and what to assume about them."""
+    """One file of documents: JSON lines, compressed as the name says."""
 
     path: Path
-    domain: str = "text"
-    text_key: str = "text"
-    id_key: str = "id"
-
-
-def find_source_files(sources: Sequence[SourceSettings]) -> list[InputFile]:
-    """Every file of every source, sorted within a source; a missing or empty source is a ``BadInputError``."""
-    files = []
-    for index, source in enumerate(sources):
-        folder = Path(source.path)
-        if not folder.is_dir():
-            raise BadInputError(
-                f"sources.{index}.path = {source.path!r}: no such folder; give the folder that holds the corpus "
-                "(relative paths start at the current folder)"
-            )
-        found = sorted(path for path in folder.glob(source.pattern) if path.is_file())
-        if not found:
-            raise BadInputError(
-                f"sources.{index}.pattern = {source.pattern!r}: matches no file in {folder}; "
-                "expected JSON-lines files such as NAME.jsonl.xz"
-            )
-        files += [InputFile(path, source.domain, source.text_key, source.id_key) for path in found]
-    return files
 
 
 def stage_files(folder: Path) -> list[InputFile]:
@@ -67,61 +41,42 @@ def stage_files(folder: Path) -> list[InputFile]:
 
 def read_documents(file: InputFile) -> Iterator[Document]:
     """The documents of one file. Raises ``BadInputError`` for a broken line, a wrong type or damaged compression."""
-    number = 0
     try:
-        # fsspec's Zstandard reader stops, silently, after the first frame and at a truncation; this one does not.
-        compression = None if file.path.suffix == ".zst" else "infer"
-        with fsspec.open(str(file.path), "rb", compression=compression) as content:
-            lines = content if compression else _lines(_zstd_chunks(content))
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _document(line, file, number)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-        raise BadInputError(f"{file.path}: cannot be read after line {number} ({error}); replace the file") from None
+        opened = open(file.path, "rb", buffering=0)  # noqa: SIM115 - StoredFile closes it
+    except OSError as error:
+        raise cannot_read(str(file.path), error) from None
+    number = 0
+    with StoredFile(opened, str(file.path)) as stored:
+        for _, line in lines(decompressed(stored, compression_of(file.path.name)), MAX_LINE_BYTES):
+            if isinstance(line, BadRecord):
+                raise BadInputError(
+                    f"{file.path}: cannot be read after line {number} ({line.problem}); replace the file"
+                )
+            if line:
+                number += 1
+                yield _document(line, file.path, number)
 
 
-def _zstd_chunks(content: BinaryIO) -> Iterator[bytes]:
-    decompressor: Any = None
-    while chunk := content.read(READ_BYTES):
-        while chunk:
-            decompressor = decompressor or zstandard.ZstdDecompressor().decompressobj()
-            yield decompressor.decompress(chunk)
-            chunk = decompressor.unused_data
-            if decompressor.eof:
-                decompressor = None
-    if decompressor is not None:
-        raise EOFError("the file ends inside a Zstandard frame")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _document(line: bytes, file: InputFile, number: int) -> Document:
+def _document(line: bytes, path: Path, number: int) -> Document:
     try:
         values = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadInputError(f"{file.path}: line {number}: not JSON ({error}); correct or remove the line") from None
+        raise BadInputError(f"{path}: line {number}: not JSON ({error}); correct or remove the line") from None
     if not isinstance(values, dict):
-        raise BadInputError(f"{file.path}: line {number}: not an object with a {file.text_key!r}")
-    text = values.get(file.text_key) or ""
+        raise BadInputError(f"{path}: line {number}: not an object with a 'text'")
+    text = values.get("text") or ""
     if not isinstance(text, str):
-        raise BadInputError(f"{file.path}: line {number}: {file.text_key!r} is not a string")
-    given = values.get("metadata")
-    metadata: dict[str, Any] = given if isinstance(given, dict) else {}
-    domain = metadata.get("domain") or values.get("domain") or file.domain
+        raise BadInputError(f"{path}: line {number}: 'text' is not a string")
+    metadata = values.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise BadInputError(f"{path}: line {number}: 'metadata' is not an object")
+    # Files of stages name both; files that people make by hand need not.
+    domain = metadata.setdefault("domain", "text")
+    metadata.setdefault("source", path.name.split(".")[0])
     if not isinstance(domain, str):
-        raise BadInputError(f"{file.path}: line {number}: the domain is not a string")
-    source = metadata.get("source") or values.get("source") or file.path.name.split(".")[0]
-    identity = values.get(file.id_key)
-    if identity is None:
-        identity = f"{file.path.name}/{number}"
-    return Document(text=text, id=str(identity), metadata={"domain": domain, "source": str(source)})
+        raise BadInputError(f"{path}: line {number}: the domain is not a string")
+    identity = values.get("id")
+    return Document(text=text, id=f"{path.name}/{number}" if identity is None else str(identity), metadata=metadata)
 
 
 class DocumentReader(PipelineStep):
@@ -135,10 +90,6 @@ class DocumentReader(PipelineStep):
         self.files = list(files)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yield the documents of ``files[rank::world_size]``, after any that come in."""
-        if data:
-            yield from data
+        """Yield the documents of ``files[rank::world_size]``."""
         for file in self.files[rank::world_size]:
-            for document in read_documents(file):
-                self.update_doc_stats(document)
-                yield document
+            yield from read_documents(file)

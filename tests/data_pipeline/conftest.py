@@ -59,11 +59,12 @@ def write_corpus(folder: Path, documents: list[dict[str, Any]], files: int = 3) 
 
 
 def make_settings(corpus: Path, output: Path, **sections: Any) -> DataSettings:
-    """Settings for the small corpus; several shards and a tiny vocabulary."""
+    """Settings for the small corpus; a piece a file, several shards and a tiny vocabulary."""
     values: dict[str, Any] = {
         "name": "small",
         "output": str(output),
         "sources": [{"path": str(corpus)}],
+        "inputs": {"piece_bytes": 1},
         "execution": {"workers": 1},
         "split": {"validation_fraction": 0.2},
         "tokenizer": {"vocab_size": 420},

@@ -26,7 +26,7 @@ from rank_pool import RankPool
 from data_pipeline.dataset.publish import build_manifest, publish
 from data_pipeline.dataset.reader import open_dataset
 from data_pipeline.dataset.shards import ShardWriter
-from data_pipeline.tokenizer.bpe import Tokenizer, train_tokenizer
+from data_pipeline.tokenizer.bpe import SentencePieceTokenizer, train_tokenizer
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
@@ -46,7 +46,7 @@ def make_dataset(folder: Path, seed: int) -> Path:
     stage.mkdir(parents=True)
     documents = [" ".join(generator.choices(SENTENCE.split(), k=120)) for _ in range(60)]
     (stage / "t.model").write_bytes(train_tokenizer(documents, VOCABULARY))
-    tokenizer = Tokenizer.load(stage / "t.model")
+    tokenizer = SentencePieceTokenizer.load(stage / "t.model")
     for split, chosen in (("train", documents[:50]), ("validation", documents[50:])):
         with ShardWriter(stage / split / "00000_00000.tokens", VOCABULARY) as writer:
             for number, text in enumerate(chosen):

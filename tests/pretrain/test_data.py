@@ -1,9 +1,7 @@
-"""The loader: samples are a pure function of (seed, fingerprint, i); ranks and micro-batches only divide the work."""
+"""One source and its loader: samples depend on (seed, data, i) only; ranks and micro-batches divide the work."""
 
 from __future__ import annotations
 
-import json
-import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,84 +12,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.dataset.publish import build_manifest, publish
 from data_pipeline.dataset.reader import Dataset, open_dataset
-from data_pipeline.dataset.shards import ShardWriter
-from data_pipeline.tokenizer.bpe import train_tokenizer
+from data_pipeline.permutation import KeyedPermutation
 from launch.settings import BadInputError
 from pretrain.data import (
     IGNORED_TARGET,
     PADDING_SAMPLE,
     BatchLoader,
-    KeyedPermutation,
     TokenSequences,
     check_vocabulary,
     validation_batches,
 )
 
 VOCABULARY = 300
-END = 1
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Random documents of three domains in several shards: 5,000 tokens and more to train, 1,000 and more held out."""
-    folder = tmp_path_factory.mktemp("stage")
-    (folder / "t.model").write_bytes(train_tokenizer(["some words to train on", "and some more of them"], VOCABULARY))
-    generator = random.Random(3)
-    for split, shards in (("train", 5), ("validation", 3)):
-        for number in range(shards):
-            with ShardWriter(folder / split / f"{number:05d}_00000.tokens", VOCABULARY) as writer:
-                total = 0
-                while total < 1000 // (shards - 2):
-                    ids = [generator.randrange(2, VOCABULARY) for _ in range(generator.randrange(1, 90))]
-                    writer.add([*ids, END], len(ids), generator.randrange(3))
-                    total += len(ids) + 1
-    (folder / "documents.jsonl.gz").write_bytes(b"")
-    (folder / "gzip9.json").write_text(json.dumps(1))
-    manifest, sources = build_manifest("made", folder, folder / "t.model", ["a", "b", "c"], "0" * 64)
-    publish(manifest, sources, {}, folder / "out")
-    return open_dataset(folder / "out", verify=True)
 
 
 def whole_stream(dataset: Dataset, split: str) -> np.ndarray:
     return np.concatenate([np.asarray(shard.tokens, dtype=np.int64) for shard in dataset.split(split).shards])
-
-
-@given(st.integers(1, 3000), st.binary(max_size=20))
-def test_the_permutation_is_a_bijection(size: int, key: bytes) -> None:
-    permuted = KeyedPermutation(size, key)(np.arange(size))
-    assert sorted(permuted.tolist()) == list(range(size))
-
-
-@given(st.integers(1, 2**62), st.data())
-def test_the_permutation_stays_inside_any_size_and_is_elementwise(size: int, data: st.DataObject) -> None:
-    indices = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=8, unique=True)))
-    permutation = KeyedPermutation(size, b"key")
-    permuted = permutation(indices)
-    assert permuted.min() >= 0
-    assert permuted.max() < size
-    assert len(set(permuted.tolist())) == len(indices)
-    assert [int(permutation(np.array([index]))[0]) for index in indices] == permuted.tolist()
-
-
-def test_the_permutation_is_the_same_on_every_machine_and_mixes() -> None:
-    # Frozen: a change would silently give resumed runs other data.
-    assert KeyedPermutation(10, b"frozen")(np.arange(10)).tolist() == [5, 9, 7, 3, 6, 2, 4, 0, 1, 8]
-    order = KeyedPermutation(10_000, b"mix")(np.arange(10_000))
-    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
-    assert 0.3 < np.mean(order[1:] > order[:-1]) < 0.7
-    # Each tenth of the order visits each tenth of the blocks about equally often.
-    counts = np.histogram2d(np.arange(10_000), order, bins=10)[0]
-    assert counts.min() > 60
-    assert counts.max() < 145
-
-
-def test_indices_outside_are_refused() -> None:
-    with pytest.raises(IndexError):
-        KeyedPermutation(5, b"")(np.array([5]))
-    with pytest.raises(IndexError):
-        KeyedPermutation(5, b"")(np.array([-1]))
 
 
 @settings(max_examples=30)
@@ -205,6 +142,15 @@ def test_limited_validation_is_the_same_spread_out_sequences_on_any_ranks(
     n_blocks = -(-(sequences.stream.total_tokens - 1) // 10)
     assert len(ids) == len(set(ids)) == min(limit, n_blocks)
     assert max(np.diff([-1, *ids, n_blocks])) <= -(-n_blocks // len(ids)) + 1
+
+
+def test_the_order_is_frozen_for_one_data_set(dataset: Dataset) -> None:
+    # Today's run of `data.path` alone goes on tomorrow: the key's text and the order may never change.
+    sequences = TokenSequences(dataset, "train", 16, seed=1)
+    assert sequences.key == f"{dataset.fingerprint}/train/16"
+    expected = KeyedPermutation(sequences.n_blocks, f"1/{dataset.fingerprint}/train/16/2".encode())
+    start = 2 * sequences.n_blocks
+    np.testing.assert_array_equal(sequences.blocks(range(start, start + 50)), expected(np.arange(50)))
 
 
 def test_a_split_shorter_than_a_sequence_is_one_line(dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.tokenizer.bpe import END_ID, Tokenizer, train_tokenizer
+from data_pipeline.tokenizer.bpe import END_ID, SentencePieceTokenizer, train_tokenizer
 from launch.settings import BadInputError, exit_with_status
 from model import IceConfig, IceModel
 from pretrain import generate
@@ -22,12 +22,12 @@ VOCABULARY = 352
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_tokenizer(LINES, VOCABULARY))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer(LINES, VOCABULARY))
 
 
 @pytest.fixture
-def run(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> IceModel:
+def run(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> IceModel:
     """A run whose model writes anything: random weights, so bytes that are no characters too."""
     torch.manual_seed(0)
     config = IceConfig(slu=True).scaled_down().model_copy(update={"vocab_size": VOCABULARY})
@@ -55,7 +55,7 @@ tokens = st.lists(st.integers(2, VOCABULARY - 1), max_size=30)
 @given(st.one_of(tokens, st.text()))
 @example("😀 é日本")
 @example([0xFF + 4, 0xFF + 4, 0xE2 + 4, 0x82 + 4, 0xAC + 4])
-def test_pieces_add_up_to_the_text(tokenizer: Tokenizer, content: list[int] | str) -> None:
+def test_pieces_add_up_to_the_text(tokenizer: SentencePieceTokenizer, content: list[int] | str) -> None:
     ids = tokenizer.encode(content) if isinstance(content, str) else content
     decoder = IncrementalDecoder(tokenizer)
     pieces = [decoder.add(token) for token in ids]
@@ -64,7 +64,7 @@ def test_pieces_add_up_to_the_text(tokenizer: Tokenizer, content: list[int] | st
         assert not any("\ufffd" in piece for piece in pieces), "half a character was shown"
 
 
-def test_a_piece_waits_for_its_character_and_for_nothing_else(tokenizer: Tokenizer) -> None:
+def test_a_piece_waits_for_its_character_and_for_nothing_else(tokenizer: SentencePieceTokenizer) -> None:
     decoder = IncrementalDecoder(tokenizer)
     ids = tokenizer.encode("a😀b")
     assert len(ids) == 6

@@ -1,0 +1,30 @@
+"""Batches out of token shards: sample i is a pure function of (seed, data set fingerprints, mixture, i).
+
+``selection`` which documents, ``packing`` how they fill rows, ``sequences`` a source's rows in a shuffled order,
+``sampler`` the mixture of sources over a run, ``loader`` batches for a rank, read ahead, ``validation`` the held-out
+split. Which source a sample comes from is worked out by ``data_pipeline.mixture``.
+
+Shapes: B micro-batch, S sequence length.
+"""
+
+from data_pipeline.permutation import KeyedPermutation
+from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch, BatchLoader, Prefetcher
+from pretrain.data.sampler import Sampler, check_vocabulary, open_sampler, past_of
+from pretrain.data.sequences import Sample, TokenSequences
+from pretrain.data.validation import validation_batches
+
+__all__ = [
+    "IGNORED_TARGET",
+    "PADDING_SAMPLE",
+    "Batch",
+    "BatchLoader",
+    "KeyedPermutation",
+    "Prefetcher",
+    "Sample",
+    "Sampler",
+    "TokenSequences",
+    "check_vocabulary",
+    "open_sampler",
+    "past_of",
+    "validation_batches",
+]
