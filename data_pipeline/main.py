@@ -2,13 +2,15 @@
 
 The stages, in order, and what each hands on::
 
-    clean      Unicode, whitespace, length, quality       documents
-    exact      identical texts                            documents
-    minhash    nearly identical texts                     documents
-    split      train or validation, by hash of the text   documents of each split
-    tokenizer  SentencePiece BPE on training text         tokenizer.model
-    shards     tokens, boundaries, domains                shards of each split
-    publish    files into place, manifest last            the data set
+    clean          reading, extraction, Unicode, quality      documents
+    exact          identical texts                            documents
+    minhash        nearly identical texts                     documents
+    sentences      passages that occur again (optional)       documents
+    decontaminate  what evaluation sets hold (optional)       documents
+    split          train or validation, by hash of the text   documents of each split
+    tokenizer      SentencePiece BPE on training text         tokenizer.model
+    shards         tokens, boundaries, domains, origins       shards of each split
+    publish        files into place, manifest last            the data set
 
 Running it again skips what is finished. What became of every document: ``report.html`` and ``report.json``. A judge of
 quality is trained with ``python data_pipeline/main.py train-classifier`` (clean/classifier.py). A prepared data set is

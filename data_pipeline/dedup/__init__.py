@@ -1,1 +1,1 @@
-"""Each text once: identical and nearly identical documents removed."""
+"""Each text once: exact and near copies, repeated passages, and what evaluation sets ask, removed."""

@@ -143,6 +143,12 @@ def test_hits_are_exactly_the_common_ngrams_and_cutting_leaves_none(
     assert bool(hits) == (normal_words(left) != document)
 
 
+def test_a_match_that_arises_where_another_was_cut_is_cut_too(tmp_path: Path) -> None:
+    entry = evaluation_set(tmp_path / "set.jsonl", [{"text": "x y z"}, {"text": "a b c"}])
+    build_table(DecontaminationSettings(sets=(entry,), ngram=3, min_words=3), tmp_path / "table")
+    assert without_matches("One a b x y z c two", EvaluationTable(tmp_path / "table")) == "One\n\ntwo"
+
+
 def test_no_contaminated_document_is_missed_among_many(tmp_path: Path, text_of: TextOf) -> None:
     generator = random.Random(0)
     items = [{"text": words(text_of(seed), 0, 40)} for seed in range(300)]
