@@ -285,7 +285,7 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
             settings.tokenizer.end_token,
             table if table.is_file() else None,
         )
-        if is_published(manifest, output):
+        if is_published(manifest, places, output):
             reporter.line("publish", "already done")
         else:
             report = make_report(cleaned, list(removals.values()), split, shards)

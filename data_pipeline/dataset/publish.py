@@ -119,14 +119,19 @@ def build_manifest(
     return Manifest.model_validate(values), places
 
 
-def is_published(manifest: Manifest, folder: Path) -> bool:
-    """Whether ``folder`` holds exactly this data set, by sizes."""
+def is_published(manifest: Manifest, places: Mapping[str, Path], folder: Path) -> bool:
+    """Whether ``folder`` holds exactly this data set: links to the files in ``places``, or others of the same hash."""
     try:
         return read_manifest(folder) == manifest and all(
-            check_file(folder, entry, verify=False) for entry in manifest.files()
+            check_file(folder, entry, verify=not _is_link_to(folder / entry.file, places[entry.file]))
+            for entry in manifest.files()
         )
     except BadInputError:
         return False
+
+
+def _is_link_to(path: Path, place: Path) -> bool:
+    return path.is_file() and path.samefile(place)
 
 
 def _temporary(path: Path) -> Path:

@@ -4,8 +4,8 @@ A stage is keyed by a hash of its settings and of the *content* of its inputs (t
 hashes of source files). Each attempt at it works in a folder of its own, ``STAGES/NAME-KEY.RANDOM.partial``, which
 takes over what earlier attempts finished (pieces.py) and is renamed to ``STAGES/NAME-KEY`` after its completion record
 ``DONE.json`` is written; so a folder without ``.partial`` is whole, and workers that outlive a killed run write where
-nobody looks. A record lists the files with their sizes, and a stage whose files are gone or of another size is done
-again: unlike datatrove's own completion markers, nothing is believed because a marker exists.
+nobody looks. A record lists the files with their sizes and times, and a stage whose files are gone or were changed is
+done again: unlike datatrove's own completion markers, nothing is believed because a marker exists.
 """
 
 from __future__ import annotations
@@ -166,18 +166,27 @@ def _write_record(folder: Path, key: str) -> str:
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     outputs = _files(folder, (*SCRATCH_NAMES, *SIDE_NAMES))
     digest = digest_of({str(path.relative_to(folder)): sha256_of(path) for path in outputs})
-    sizes = {}
+    states = {}
     for path in _files(folder, SCRATCH_NAMES):
         fsync_path(path)
-        sizes[str(path.relative_to(folder))] = path.stat().st_size
-    write_json_atomically(folder / RECORD_NAME, {"key": key, "digest": digest, "bytes": sizes})
+        states[str(path.relative_to(folder))] = _state(path)
+    write_json_atomically(folder / RECORD_NAME, {"key": key, "digest": digest, "files": states})
     return digest
+
+
+def _state(path: Path) -> list[int]:
+    """Size and time of the last change, in whole seconds, since some file systems have no finer ones.
+
+    A published shard is a link to a stage's file: who edits one changes the other, and it is the time that shows it.
+    """
+    status = path.stat()
+    return [status.st_size, int(status.st_mtime)]
 
 
 def _valid_record(folder: Path, key: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((folder / RECORD_NAME).read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in record["bytes"].items())
+        whole = all(_state(folder / name) == state for name, state in record["files"].items())
         return record if whole and record["key"] == key else None
     except (OSError, ValueError, KeyError):
         return None

@@ -261,6 +261,24 @@ def test_two_runs_on_one_output_do_not_mix_and_a_killed_one_holds_nothing(
     run_pipeline(settings)
 
 
+def test_a_shard_edited_after_publication_is_made_again(
+    small_corpus: Path, tmp_path: Path, settings_for: Callable[..., DataSettings], run_pipeline: Any
+) -> None:
+    output = tmp_path / "data"
+    settings = settings_for(small_corpus, output)
+    run_pipeline(settings)
+    shard = next((output / "train").glob("*.bin"))
+    before, content = shard.stat(), shard.read_bytes()
+    with shard.open("r+b") as file:  # a link to the stage's file, which changes too
+        file.write(bytes(byte ^ 1 for byte in content[:2]))
+    os.utime(shard, (before.st_atime, before.st_mtime + 60))
+    with pytest.raises(BadInputError, match=r"wrong sha256.*prepare the data set again"):
+        open_dataset(output, verify=True)
+    run_pipeline(settings)
+    open_dataset(output, verify=True)
+    assert shard.read_bytes() == content
+
+
 def test_torch_and_word_models_are_never_imported(repository_root: Path) -> None:
     program = (
         "import sys; import data_pipeline.main, data_pipeline.clean.pipeline, data_pipeline.dedup.minhash;"

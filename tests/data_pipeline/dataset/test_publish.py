@@ -104,8 +104,19 @@ def test_without_a_table_of_sources_provenance_is_unknown(made_stage: Path, tmp_
     assert dataset.provenance(dataset.split("train").shards[0], 0) is None
 
 
-def test_a_data_set_counts_as_published_only_while_its_files_are_there(made: Path) -> None:
-    manifest = open_dataset(made).manifest
-    assert is_published(manifest, made)
+def test_a_data_set_counts_as_published_only_while_its_files_are_what_they_were(made: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    manifest, places = build_manifest("made", stage, stage / "tokenizer.model", ("law", "prose"), "0" * 64)
+    module.publish(manifest, places, {}, made)
+    assert is_published(manifest, places, made)
+    # Of the same size and no link to the stage's: what counts is the content.
+    shard = made / "train/shard_00001.bin"
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content)
+    assert is_published(manifest, places, made)
+    shard.write_bytes(content[:-2] + b"\7\0")
+    assert not is_published(manifest, places, made)
+    shard.write_bytes(content)
     os.truncate(made / "train/shard_00001.documents", 24)
-    assert not is_published(manifest, made)
+    assert not is_published(manifest, places, made)
