@@ -15,9 +15,8 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers import JsonlWriter
 
-from data_pipeline.inputs.readers import DOCUMENTS_SUFFIX
+from data_pipeline.execution.document_files import StageWriter
 
 TALLY_INTERVAL_SECONDS = 0.3
 
@@ -79,22 +78,16 @@ class CountDocuments(PipelineStep):
         write_tally(self.folder, rank, tally)
 
 
-class DocumentWriter(JsonlWriter):
-    """Writes documents as Zstandard JSON lines, one file a task, also when a task has none.
-
-    An always-present file keeps ranks, files and positions of later stages in step.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), output_filename="${rank}" + DOCUMENTS_SUFFIX, compression="zstd")
+class DocumentWriter(StageWriter):
+    """Writes one file a task, also when a task has no document: it keeps ranks, files and positions in step."""
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write each document and pass it on."""
-        self.output_mg.get_file(self.output_filename.substitute(rank=str(rank).zfill(5)))
+        self.open(rank)
         yield from super().run(data, rank, world_size)
 
 
-class DroppedWriter(JsonlWriter):
+class DroppedWriter(StageWriter):
     """Where filters put what they drop: the documents, for people who ask why, and a tally by reason and domain.
 
     Given ``reason``, every document is dropped for that one (datatrove's de-duplication names none); otherwise the
@@ -102,7 +95,7 @@ class DroppedWriter(JsonlWriter):
     """
 
     def __init__(self, folder: Path, tally_folder: Path, reason: str | None = None) -> None:
-        super().__init__(str(folder), output_filename="${rank}" + DOCUMENTS_SUFFIX, compression="zstd")
+        super().__init__(folder)
         self.tally_folder = tally_folder
         self.reason = reason
         self.tally: Tally = {}
