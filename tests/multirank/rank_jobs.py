@@ -15,6 +15,7 @@ from torch import Tensor
 from launch.environment import discover_place
 from launch.settings import parse_settings
 from model.expert_parallel import is_local_expert, to_plain_names
+from pretrain.checkpoint.snapshot import HostBuffers
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import TrainingEngine
 from pretrain.losses import language_model_loss, training_objective
@@ -209,12 +210,20 @@ def draw_depths(values: dict[str, Any], steps: int) -> list[int]:
     return [sample_loops(config.loop, config.mean_loops, config.run.seed, step) for step in range(1, steps + 1)]
 
 
+def save_engine(engine: TrainingEngine, folder: Path, tag: str) -> None:
+    """The engine's files as a checkpoint has them: written from a copy."""
+    for name, value in engine.snapshot(folder, tag, HostBuffers().copy).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(value, folder / name)
+    engine.barrier()
+
+
 def save_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -> Trace:
     """Train half of ``steps``, save, train the rest; the trace of the rest."""
     engine = start_engine(values)
     half = len(steps) // 2
     train_on(engine, steps[:half])
-    engine.save(folder, "saved")
+    save_engine(engine, folder, "saved")
     trace = train_on(engine, steps[half:], first_step=half)
     end_engine(engine)
     return trace
