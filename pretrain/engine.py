@@ -49,6 +49,7 @@ from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
 from pretrain.config import TrainingConfig
+from pretrain.universal_format import mended
 
 
 class StepOutcome(NamedTuple):
@@ -166,7 +167,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _restrict_unpickling() -> None:
+def restrict_unpickling() -> None:
     """DeepSpeed unpickles its own files: make torch.load refuse all but tensors, plain containers, and these classes.
 
     They are what a checkpoint of any ZeRO stage holds besides, by ``get_unsafe_globals_in_checkpoint``: data only,
@@ -245,7 +246,7 @@ class TrainingEngine:
         from deepspeed.accelerator import get_accelerator
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        _restrict_unpickling()
+        restrict_unpickling()
         prepare_rendezvous(place)
         accelerator = get_accelerator()
         self.config = config
@@ -374,6 +375,16 @@ class TrainingEngine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise RuntimeError(f"{folder / tag}: the engine found no checkpoint there")
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Read from ``folder/tag`` what ``universal_format.write_universal`` made, on any topology."""
+        settings = self._engine._config
+        settings.load_universal_checkpoint = True
+        try:
+            with mended(self._engine.optimizer.optimizer):
+                self.load(folder, tag)
+        finally:
+            settings.load_universal_checkpoint = False
 
     def plain_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights under the plain model's names, one at a time: tensors on the first rank's host memory.

@@ -215,6 +215,8 @@ def save_engine(engine: TrainingEngine, folder: Path, tag: str) -> None:
     for name, value in engine.snapshot(folder, tag, HostBuffers().copy).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(value, folder / name)
+    if engine.place.is_first:
+        torch.save(engine.selection_biases(), folder / "biases.pt")
     engine.barrier()
 
 
@@ -333,3 +335,18 @@ def refusal_of_training(values: dict[str, Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return f"trained to status {status}"
+
+
+def reshape_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -> tuple[Trace, list[dict[str, Any]]]:
+    """The second half of ``save_and_continue`` from the universal format; and the optimizer's groups and steps."""
+    engine = start_engine({**values, "run": {"seed": 99}})
+    engine.load_universal(folder, "universal")
+    for name, bias in torch.load(folder / "biases.pt", weights_only=True).items():
+        engine.selection_biases()[name].copy_(bias)
+    adam = engine._engine.optimizer.optimizer
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in adam.param_groups]
+    half = len(steps) // 2
+    trace = train_on(engine, steps[half:], first_step=half)
+    counts = [float(state["step"]) for state in adam.state.values()]
+    end_engine(engine)
+    return trace, [*groups, {"steps": counts}]
