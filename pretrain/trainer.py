@@ -97,8 +97,8 @@ class Trainer:
                 self.checkpointer.save(state)
                 self.log.saved(state, result.expert_load_TLE)
             if result.stop_requested and not last:
-                saved = f"saved step {step}" if self.checkpointer.wait() else f"step {step} could not be saved"
-                self.log.say(f"asked to stop: {saved}; the same command continues from the last checkpoint")
+                saved = f"saved step {step}" if self.checkpointer.wait() else "the last save stands"
+                self.log.say(f"asked to stop: {saved}; the same command continues from there")
                 return EXIT_PREEMPTED
         if not self.checkpointer.wait():
             raise TrainingFailedError("the last save was not written; the same command continues from the one before")

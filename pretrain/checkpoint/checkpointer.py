@@ -135,11 +135,9 @@ class Checkpointer:
         if failed:
             self._pending = None
             work.give_up()
-            errors = [each for each in self.engine.gather_objects(error) if each is not None]
-            stale = next((message for is_stale, message in errors if is_stale), None)
-            if stale is not None:
-                raise StaleRunError(stale)
-            self._count_failure(pending.step, errors[0][1])
+            self._require_fence()
+            problems = [each for each in self.engine.gather_objects(error) if each is not None]
+            self._count_failure(pending.step, problems[0])
         elif not running:
             self._pending = None
             self._failures, self._last_succeeded = 0, True
@@ -154,17 +152,28 @@ class Checkpointer:
                 pause = min(2 * pause, longest)
         return self._last_succeeded
 
-    def _failure(self, work: BackgroundWork, running: bool) -> tuple[bool, str] | None:
-        """This rank's failure, as (is it stale, message); None when there is none so far."""
+    def _failure(self, work: BackgroundWork, running: bool) -> str | None:
+        """What this rank has to say about a write that failed; None when it has not, so far."""
         here = f"rank {self.engine.place.rank}"
-        if running:
-            if work.seconds < self.section.write_timeout_seconds:
-                return None
-            return False, f"{here}: not written in {work.seconds:.0f} s (checkpoint.write_timeout_seconds)"
-        error = work.error
-        if error is None or isinstance(error, StaleRunError):
-            return None if error is None else (True, str(error))
-        return False, f"{here}: {type(error).__name__}: {error}"
+        if running and work.seconds >= self.section.write_timeout_seconds:
+            return f"{here}: not written in {work.seconds:.0f} s (checkpoint.write_timeout_seconds)"
+        if running or work.error is None:
+            return None
+        return f"{here}: {type(work.error).__name__}: {work.error}"
+
+    def _require_fence(self) -> None:
+        """Raise ``StaleRunError`` on all ranks when another start has taken over: then that is why a write failed."""
+        stale = None
+        if self.engine.place.is_first:
+            try:
+                self._fence.check()
+            except StaleRunError as error:
+                stale = str(error)
+            except (OSError, BadInputError) as error:  # the storage fails: that is told as the failure of the write
+                self._notices.append(f"who owns the run directory cannot be read: {error}")
+        stale = self.engine.gather_objects(stale)[0]
+        if stale is not None:
+            raise StaleRunError(stale)
 
     def _count_failure(self, step: int, problem: str) -> None:
         self._failures += 1

@@ -39,11 +39,7 @@ def commit(partial: Path, step: int, entries: dict[str, FileEntry], fence: Fence
     write_manifest(content, entries)
     target = folder / step_folder_name(step)
     _make_way(target)
-    try:
-        content.rename(target)
-    except OSError:
-        fence.check()  # a new start takes unfinished folders away: then this is what to say
-        raise
+    content.rename(target)
     fsync_path(folder)
     write_atomically(folder / LATEST, f"{target.name}\n".encode())
     return target

@@ -237,7 +237,9 @@ def test_damage_is_told_and_the_one_before_is_used_until_none_is_left(tmp_path: 
             state = again.checkpointer.resume()
             assert state is not None
             assert state.step == resumed
-        assert again.said[0].startswith("checkpoint step_00000002 is damaged and not used: engine/weight.pt has another")
+        assert again.said[0].startswith(
+            "checkpoint step_00000002 is damaged and not used: engine/weight.pt has another"
+        )
 
 
 def test_a_rollback_loads_an_older_checkpoint_and_forgets_the_later_ones(tmp_path: Path) -> None:
