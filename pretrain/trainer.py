@@ -112,6 +112,9 @@ class Trainer:
         for batch in batches:
             if batch.document_ids is not None:
                 reads["document_ids"] = batch.document_ids.to(engine.device)
+            if config.model.initial_state == "random":
+                keys = torch.tensor(batch.sample_ids) ^ (config.run.seed << 32)
+                reads["noise_keys"] = keys.to(engine.device)
             output = engine.forward(
                 batch.input_ids.to(engine.device), loops, grad_loops=config.loop.grad_loops, **reads
             )

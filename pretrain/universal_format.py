@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 OPTIMIZER_STATE = "zero/optimizer_state.pt"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def write_universal(saved: Path, output: Path, workers: int = 1) -> None:
@@ -73,7 +72,9 @@ def _without_partitions(state: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def mended(optimizer: Any) -> Iterator[None]:
     """Load a universal checkpoint inside; ``optimizer`` is the one that ZeRO wraps. Puts right what that confuses."""
-    configured = [{key: group[key] for key in group if key not in ("params", "step")} for group in optimizer.param_groups]
+    configured = [
+        {key: group[key] for key in group if key not in ("params", "step")} for group in optimizer.param_groups
+    ]
     yield
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)

@@ -23,7 +23,7 @@ class BackgroundWork:
     in ``error``.
     """
 
-    def __init__(self, work: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, work: Callable[[Callable[[], None]], object]) -> None:
         self._work, self._given_up = work, threading.Event()
         self.started = time.monotonic()
         self.error: Exception | None = None

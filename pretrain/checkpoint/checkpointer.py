@@ -37,13 +37,16 @@ from pretrain.checkpoint.retention import remove
 from pretrain.checkpoint.share import CONTENT, shares_done, write_share
 from pretrain.checkpoint.snapshot import HostBuffers
 from pretrain.checkpoint.state import (
+    ELASTIC,
     RunIdentity,
     TrainingState,
     decode_state,
     encode_state,
+    is_reshaped,
     read_record,
     require_same_identity,
 )
+from pretrain.checkpoint.universal import find_universal, make_universal, universal_folder
 from pretrain.checkpoint.unpickling import find_unsafe, load_data
 from pretrain.config import CheckpointSection
 from pretrain.weights import WritesFile, safetensors_file, weight_files
@@ -301,13 +304,55 @@ class Checkpointer:
     def _load(self, found: Path) -> TrainingState:
         engine = self.engine
         record = read_record(found)
-        engine.load(found, ENGINE)
+        reshaped = is_reshaped(record, self.identity)
+        if reshaped:
+            engine.load_universal(self._universal(found, record), ENGINE)
+        else:
+            engine.load(found, ENGINE)
         biases = engine.selection_biases()
         for name, bias in load_file(found / BIASES).items():
             biases[name].copy_(bias)
-        restore_random_state(load_data(found / rank_file(engine.place.rank)))
+        # All ranks start with the same generators and draw alike, so one rank's stand for any.
+        restore_random_state(load_data(found / rank_file(0 if reshaped else engine.place.rank)))
         engine.barrier()
         return decode_state(record)
+
+    def _universal(self, found: Path, record: dict[str, Any]) -> Path:
+        """The universal form of ``found``, checked; made by the first rank while the others wait, unless it exists."""
+        saved, now = record["identity"]["topology"], self.identity.topology
+        change = ", ".join(f"{key} {saved.get(key)} to {now.get(key)}" for key in ELASTIC if saved.get(key) != now[key])
+        folder = self._on_first(partial(find_universal, found))
+        if folder is not None:
+            damage = self._find_problem(folder)
+            if damage is None:
+                self.say(f"checkpoint {found.name}: {change}; loaded from {folder.name}")
+                return folder
+            self.say(f"{folder.name} is damaged and made anew: {damage}")
+        started = time.monotonic()
+        work = BackgroundWork(lambda _: make_universal(found)) if self.engine.place.is_first else None
+        pause, longest = POLL_SECONDS
+        while self.engine.sum_over_ranks([float(work is not None and work.running)])[0]:
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+        def made() -> Path:
+            assert work is not None
+            if work.error is not None:
+                raise work.error
+            return universal_folder(found)
+
+        folder = self._on_first(made)
+        damage = self._find_problem(folder)
+        if damage is not None:
+            raise BadInputError(f"{folder}: {damage} just after it was made; look at the storage of {self.folder}")
+        self.say(f"checkpoint {found.name}: {change}; converted in {time.monotonic() - started:.1f} s")
+        return folder
+
+    def _find_problem(self, checkpoint: Path) -> str | None:
+        """What is wrong with the files of ``checkpoint``, on all ranks the same; each looks at its share."""
+        place = self.engine.place
+        damage = self._first_problem(find_damage(checkpoint, place.rank, place.world_size))
+        return damage or self._first_problem(find_unsafe(checkpoint, place.rank, place.world_size))
 
     def _newest_valid(self, newest_step: int | None) -> Path | None:
         """The newest intact checkpoint of this run, on all ranks the same; says what it passes over."""

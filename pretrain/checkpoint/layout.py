@@ -4,6 +4,8 @@
 ``step_00000200.replaced``  the same step's older one, while a newer one takes its name; a checkpoint too
 ``partial_step_...``        a save that is being written
 ``dead_partial_step_...``   what an earlier start of the run left of one; the next save removes it
+``universal_step_...``      a checkpoint's form for other ranks, made when one is needed
+``making_universal_...``    one that is being made
 ``latest``                  the newest one's name, for people; nothing here relies on it
 """
 
@@ -21,6 +23,8 @@ WEIGHTS = "weights"
 REPLACED = ".replaced"
 PARTIAL = "partial_"
 DEAD = "dead_"
+UNIVERSAL = "universal_"
+MAKING_UNIVERSAL = "making_universal_"
 
 _STEP_FOLDER = re.compile(rf"step_(\d+)({re.escape(REPLACED)})?")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from launch.files import fsync_path
 from pretrain.checkpoint.layout import MANIFEST, REPLACED, step_of
 from pretrain.checkpoint.state import decode_state, read_record
+from pretrain.checkpoint.universal import remove_universal
 from pretrain.config import CheckpointSection
 
 
@@ -47,7 +48,11 @@ def _validation_bits_per_byte(checkpoint: Path) -> float:
 
 
 def remove(checkpoint: Path) -> None:
-    """Un-commit first, so that a crash in between leaves no half checkpoint that looks whole."""
+    """Un-commit first, so that a crash in between leaves no half checkpoint that looks whole.
+
+    Before it goes its form for other ranks, which would never be looked at again.
+    """
+    remove_universal(checkpoint)
     manifest = checkpoint / MANIFEST
     if manifest.exists():
         manifest.unlink()

@@ -13,6 +13,8 @@ from pretrain.checkpoint.layout import STATE
 from pretrain.data import past_of
 
 FORMAT_VERSION = 1
+# What of the topology may differ from a checkpoint's: it is then converted (universal.py).
+ELASTIC = ("ranks", "expert_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,15 @@ def decode_state(record: dict[str, Any]) -> TrainingState:
 def require_same_identity(
     checkpoint: Path, record: dict[str, Any], identity: RunIdentity, allow_changed: Collection[str]
 ) -> None:
-    """Raise ``BadInputError`` with every difference between the run and the checkpoint that is not allowed."""
+    """Raise ``BadInputError`` with every difference between the run and the checkpoint that is not allowed.
+
+    Other ranks are, if ZeRO has partitioned the state.
+    """
     # Through JSON, as the saved one went: tuples become lists.
     current = json.loads(json.dumps(asdict(identity)))
     next_sample = record["next_sample"]
     saved, current = ({**each, "data": past_of(each["data"], next_sample)} for each in (record["identity"], current))
+    elastic = ELASTIC if saved["topology"].get("zero_stage") else ()
     for part in ("model", "data", "topology"):
         if part in allow_changed:
             continue
@@ -71,12 +77,18 @@ def require_same_identity(
         changes = [
             f"{part}.{key} was {saved[part].get(key)!r}, is {current[part].get(key)!r}"
             for key in keys
-            if saved[part].get(key) != current[part].get(key)
+            if saved[part].get(key) != current[part].get(key) and not (part == "topology" and key in elastic)
         ]
         if changes:
             remedy = (
-                "resume on the same topology"
+                "resume on the same topology (only ranks and expert parallelism may change, and not with zero_stage 0)"
                 if part == "topology"
                 else f'use another run.name, or set checkpoint.allow_changed=["{part}"]'
             )
             raise BadInputError(f"{checkpoint}: belongs to another {part}: {'; '.join(changes)}; {remedy}")
+
+
+def is_reshaped(record: dict[str, Any], identity: RunIdentity) -> bool:
+    """Whether the run has other ranks than the checkpoint, which ``require_same_identity`` has let pass."""
+    saved = record["identity"]["topology"]
+    return any(saved.get(key) != identity.topology.get(key) for key in ELASTIC)
