@@ -104,11 +104,11 @@ def write_config(folder: Path, data: Path, name: str, wandb: str = "disabled") -
 class Launch:
     """A training command in a session of its own, so that killing it cannot miss a rank or hit anyone else."""
 
-    def __init__(self, root: Path, config: Path, *arguments: str) -> None:
+    def __init__(self, root: Path, config: Path, *arguments: str, ranks: int = 2) -> None:
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         launcher = Path(sys.executable).parent / "deepspeed"
         self.port = random.SystemRandom().randrange(20000, 30000)  # runs beside this one use the launcher's default
-        command = [str(launcher), "--num_gpus", "2", "--master_port", str(self.port), "--log_level", "error"]
+        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(self.port), "--log_level", "error"]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -292,7 +292,6 @@ def test_a_changed_model_ends_with_one_line_and_status_78(
         ({"data": {"path": "other/data"}}, "data.fingerprint was"),
         ({"run": {"seed": 12}}, "data.seed was 11, is 12"),
         ({"data": {"global_batch_size": 32}}, "data.global_batch_size was 16, is 32"),
-        ({"parallel": {"expert_parallel_size": 1}}, "topology.expert_parallel_size was 2, is 1"),
         ({"parallel": {"zero_stage": 2}}, "topology.zero_stage was 3, is 2"),
     ],
 )
@@ -307,6 +306,38 @@ def test_other_data_or_another_topology_is_refused_by_name(
     for answer in two_ranks.run(rank_jobs.refusal_of_training, values=values):
         assert answer.startswith("BadInputError"), answer
         assert expected in answer
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_changed(
+    place: Path, undisturbed: Path, repository_root: Path, ranks: int
+) -> None:
+    name = f"elastic_{ranks}"
+    run = place / "runs" / name
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
+    config = write_config(place, place / "data", name)
+    saved = f"step_{STEPS - EVERY:08d}"
+    if ranks == 1:  # made ahead by the command, and by the run itself
+        subprocess.run(
+            [sys.executable, "launch/reshape.py", "--run", str(run)], cwd=repository_root, check=True, timeout=300
+        )
+    arguments = ("--set", f"parallel.expert_parallel_size={ranks}")
+    status, output = Launch(repository_root, config, *arguments, ranks=ranks).end(timeout_seconds=400)
+    assert status == 0, output
+    how = "loaded from" if ranks == 1 else "converted in"
+    assert f"checkpoint {saved}: ranks 2 to {ranks}, expert_parallel_size 2 to {ranks}; {how}" in output
+    assert (run / "checkpoints" / f"universal_{saved}" / "manifest.json").exists()
+    lines, expected = training_lines(run), training_lines(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, other in zip(lines, expected, strict=True):
+        for key in ("lr", "loops", "tokens", "next_sample"):
+            assert line[key] == other[key], key
+        for key in ("loss", "shallow_loss", "depth_contrast"):
+            assert line[key] == pytest.approx(other[key], rel=1e-5), f"{key} of step {line['step']}"
+    assert evaluation_lines(run)[-1]["validation_bits_per_byte"] == pytest.approx(
+        evaluation_lines(undisturbed)[-1]["validation_bits_per_byte"], rel=1e-5
+    )
 
 
 def test_a_plan_through_the_launcher_starts_no_run(place: Path, repository_root: Path) -> None:
