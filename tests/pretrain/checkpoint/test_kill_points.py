@@ -23,6 +23,8 @@ from file_operations import DIED, Death, FileOperations, Operation, files_below
 
 from pretrain.checkpoint import MANIFEST, TrainingState
 
+pytestmark = pytest.mark.timeout(1200)  # a minute where nothing else runs
+
 SHARED_MEMORY = Path("/dev/shm")
 
 
