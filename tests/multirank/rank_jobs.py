@@ -241,32 +241,17 @@ def load_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -
     return trace
 
 
-def convert_checkpoint(folder: Path, output: Path) -> str:
-    """``ds_to_universal`` on the first rank, and what ``zero_to_fp32`` says to the same files."""
-    from argparse import Namespace
-
-    from deepspeed.checkpoint import ds_to_universal
+def answer_of_zero_to_fp32(folder: Path) -> str:
+    """What DeepSpeed's converter to plain weights says on the first rank."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if not discover_place().is_first:
         return ""
     try:
         get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="saved")
-        answer = "accepted"
     except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(folder / "saved"),
-            output_folder=str(output),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )
-    )
-    return answer
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
 
 
 def refusal_of(values: dict[str, Any]) -> str:
@@ -337,10 +322,13 @@ def refusal_of_training(values: dict[str, Any]) -> str:
     return f"trained to status {status}"
 
 
-def reshape_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -> tuple[Trace, list[dict[str, Any]]]:
+def reshape_and_continue(
+    values: dict[str, Any], folder: Path, steps: list[Step], mend: bool = True
+) -> tuple[Trace, list[dict[str, Any]]]:
     """The second half of ``save_and_continue`` from the universal format; and the optimizer's groups and steps."""
     engine = start_engine({**values, "run": {"seed": 99}})
-    engine.load_universal(folder, "universal")
+    with contextlib.nullcontext() if mend else mock.patch("pretrain.engine.mended", contextlib.nullcontext):
+        engine.load_universal(folder, "universal")
     for name, bias in torch.load(folder / "biases.pt", weights_only=True).items():
         engine.selection_biases()[name].copy_(bias)
     adam = engine._engine.optimizer.optimizer
