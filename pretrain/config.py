@@ -304,6 +304,15 @@ class CheckpointSection(Section):
     every: int = Field(500, ge=1, description="steps")
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1, description="steps that are multiples are kept for ever")
+    keep_best: int | None = Field(
+        None, ge=1, description="how many of those at an evaluated step are kept for ever, by validation bits a byte"
+    )
+    asynchronous: bool = Field(
+        True, description="training waits for a copy in host memory only; the writing goes on behind it"
+    )
+    verify_writes: bool = Field(True, description="read every file back before the checkpoint counts as one")
+    write_timeout_seconds: float = Field(1800, gt=0, description="a write that takes longer has failed")
+    max_failed_saves: int = Field(3, ge=1, description="saves that may fail in a row before the run stops, status 1")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from the newest valid checkpoint; never refuses a used run directory"
     )

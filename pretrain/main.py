@@ -63,7 +63,7 @@ def open_training_data(config: TrainingConfig) -> Dataset:
 def train(config: TrainingConfig, place: Place) -> int:
     """Assemble a run's collaborators, and train."""
     # Importing these takes seconds (torch, DeepSpeed, matplotlib); a configuration error should not wait for them.
-    from pretrain.checkpoint import Checkpointer, RunIdentity, TrainingState
+    from pretrain.checkpoint import Checkpointer, CheckpointError, Fence, RunIdentity, TrainingState
     from pretrain.data import BatchLoader, Prefetcher, TokenSequences, open_sampler
     from pretrain.engine import TrainingEngine
     from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
@@ -97,7 +97,8 @@ def train(config: TrainingConfig, place: Place) -> int:
         },
     )
     notices: list[str] = []
-    checkpointer = Checkpointer(checkpoints, config.checkpoint, identity, engine, notices.append)
+    fence = Fence(run_path)
+    checkpointer = Checkpointer(checkpoints, config.checkpoint, identity, engine, fence, notices.append)
     try:
         resumed = checkpointer.resume()
     except BadInputError:
@@ -106,9 +107,9 @@ def train(config: TrainingConfig, place: Place) -> int:
     wandb_id = engine.gather_objects(new_wandb_id())[0]
     start = resumed or TrainingState(step=0, next_sample=0, tokens=0, wandb_id=wandb_id)
     if place.is_first:
-        run_path.mkdir(parents=True, exist_ok=True)
         write_json_atomically(run_path / "config.json", config.model_dump(mode="json"))
     log = RunLog(config, start, place.is_first, gzip9_bits_per_byte(dataset))
+    checkpointer.say = log.say
     for notice in notices:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
@@ -130,7 +131,10 @@ def train(config: TrainingConfig, place: Place) -> int:
         if not place.is_first:
             print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
         raise
-    except TrainingFailedError as error:
+    except (TrainingFailedError, CheckpointError) as error:
+        # Every rank has come to the same end: a save that is being written can still be finished.
+        if isinstance(error, TrainingFailedError):
+            checkpointer.wait()
         log.say(f"error: {error}")
         log.close()
         return EXIT_FAILED

@@ -47,11 +47,15 @@ class Trackers:
 
             self._tensorboard = SummaryWriter(str(run_path / "tensorboard"), purge_step=start_step + 1)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Send the numbers of ``values`` under their names."""
+    def log(self, step: int, values: dict[str, Any], complete: bool) -> None:
+        """Send the numbers of ``values`` under their names; ``complete`` when nothing more of this step follows.
+
+        W&B keeps a row back until it is complete or the next step begins. A run that is killed in between, and resumes
+        from a checkpoint of that very step, would leave a gap in its history.
+        """
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         if self._wandb_run is not None:
-            self._wandb_run.log(numbers, step=step)
+            self._wandb_run.log(numbers, step=step, commit=complete)
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)

@@ -84,17 +84,24 @@ class Trainer:
                 step=step,
                 next_sample=state.next_sample + config.data.global_batch_size,
                 tokens=state.tokens + tokens_per_step,
+                validation_bits_per_byte=None,
             )
             self.log.step(state, result, lr, loops, time.monotonic() - started, tokens_per_step, self.engine)
+            self.checkpointer.poll()
             last = step == config.schedule.steps
             if step % config.eval.every == 0 or last:
-                self.log.evaluation(state, self.evaluator.run(self.engine, config.mean_loops))
+                evaluation = self.evaluator.run(self.engine, config.mean_loops)
+                state = replace(state, validation_bits_per_byte=evaluation.bits_per_byte)
+                self.log.evaluation(state, evaluation)
             if step % config.checkpoint.every == 0 or last or result.stop_requested:
                 self.checkpointer.save(state)
                 self.log.saved(state, result.expert_load_TLE)
             if result.stop_requested and not last:
-                self.log.say(f"asked to stop: saved step {step}; the same command continues from there")
+                saved = f"saved step {step}" if self.checkpointer.wait() else "the last save stands"
+                self.log.say(f"asked to stop: {saved}; the same command continues from there")
                 return EXIT_PREEMPTED
+        if not self.checkpointer.wait():
+            raise TrainingFailedError("the last save was not written; the same command continues from the one before")
         return EXIT_FINISHED
 
     def _step(self, batches: list[Batch], step: int, loops: int, lr: float) -> StepResult:
@@ -105,6 +112,9 @@ class Trainer:
         for batch in batches:
             if batch.document_ids is not None:
                 reads["document_ids"] = batch.document_ids.to(engine.device)
+            if config.model.initial_state == "random":
+                keys = torch.tensor(batch.sample_ids) ^ (config.run.seed << 32)
+                reads["noise_keys"] = keys.to(engine.device)
             output = engine.forward(
                 batch.input_ids.to(engine.device), loops, grad_loops=config.loop.grad_loops, **reads
             )
