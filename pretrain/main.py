@@ -104,6 +104,10 @@ def train(config: TrainingConfig, place: Place) -> int:
     except BadInputError:
         engine.close()  # every rank has come to the same refusal
         raise
+    except CheckpointError as error:
+        if place.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     wandb_id = engine.gather_objects(new_wandb_id())[0]
     start = resumed or TrainingState(step=0, next_sample=0, tokens=0, wandb_id=wandb_id)
     if place.is_first:

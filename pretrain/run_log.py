@@ -68,9 +68,7 @@ class RunLog:
             line["skipped"] = True
         if result.expert_load_TLE is not None:
             line.update(expert_load_metrics(result.expert_load_TLE))
-        config = self._config
-        evaluated = state.step % config.eval.every == 0 or state.step == config.schedule.steps
-        self._record(state.step, line, complete=not evaluated)
+        self._record(state.step, line)
         self._console.step(line)
 
     def evaluation(self, state: TrainingState, result: Evaluation) -> None:
@@ -82,7 +80,7 @@ class RunLog:
             "validation_nats_per_token": result.nats_per_token,
             **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte_by_domain.items()},
         }
-        self._record(state.step, line, complete=True)
+        self._record(state.step, line)
         by_domain = "  ".join(f"{name} {value:.3f}" for name, value in result.bits_per_byte_by_domain.items())
         self.say(f"step {state.step}: validation {result.bits_per_byte:.4f} bits a byte  ({by_domain})")
 
@@ -94,11 +92,11 @@ class RunLog:
         if expert_load_TLE is not None:
             plot_expert_load(expert_load_TLE, self._path / "plots" / "expert_load.png")
 
-    def _record(self, step: int, line: dict[str, Any], complete: bool) -> None:
+    def _record(self, step: int, line: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.append(line)
         if self._trackers is not None:
-            self._trackers.log(step, line, complete)
+            self._trackers.log(step, line)
 
     def close(self) -> None:
         """Flush everything."""

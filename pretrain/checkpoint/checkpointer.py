@@ -165,14 +165,14 @@ class Checkpointer:
         return f"{here}: {type(work.error).__name__}: {work.error}"
 
     def _require_fence(self) -> None:
-        """Raise ``StaleRunError`` on all ranks when another start has taken over: then that is why a write failed."""
+        """Raise ``StaleRunError`` on all ranks when another start has taken over, which also makes a write fail."""
         stale = None
         if self.engine.place.is_first:
             try:
                 self._fence.check()
             except StaleRunError as error:
                 stale = str(error)
-            except (OSError, BadInputError) as error:  # the storage fails: that is told as the failure of the write
+            except (OSError, BadInputError) as error:  # the storage fails, which is no sign of another start
                 self._notices.append(f"who owns the run directory cannot be read: {error}")
         stale = self.engine.gather_objects(stale)[0]
         if stale is not None:
@@ -254,7 +254,8 @@ class Checkpointer:
 
         Raises ``BadInputError`` when checkpoints exist but none is valid, when the newest valid one belongs to another
         model, other data or another topology, or when it holds more than data. The first call also takes the run
-        directory over from any earlier start; a start that is refused does not.
+        directory over from any earlier start; a start that is refused does not. Raises ``StaleRunError`` when another
+        start took it over meanwhile.
         """
         self.wait()
         found = self._newest_valid(newest_step)
@@ -266,6 +267,7 @@ class Checkpointer:
         self._proven = [found]
         if newest_step is not None:
             self._on_first(partial(self._remove_later, found))
+        self._require_fence()  # loading takes minutes
         return state
 
     def _take_over(self) -> bool:

@@ -25,7 +25,8 @@ from pretrain.config import CheckpointSection
 def commit(partial: Path, step: int, entries: dict[str, FileEntry], fence: Fence) -> Path:
     """Make what lies in ``partial`` the checkpoint of ``step``; returns its folder.
 
-    Files that no rank has claimed (an engine that offloads to NVMe copies its own) are hashed here.
+    Every folder is synced here; files that no rank has claimed (an engine that offloads to NVMe copies its own) are
+    synced and hashed, too.
     """
     content, folder = partial / CONTENT, partial.parent
     for path in sorted(content.rglob("*")):

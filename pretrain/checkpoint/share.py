@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from launch.files import fsync_path, write_json_atomically
+from launch.files import write_json_atomically
 from pretrain.checkpoint.hashed_file import FileEntry, HashedFile, read_back
 from pretrain.weights import WritesFile
 
@@ -25,7 +25,7 @@ def write_share(
 ) -> None:
     """Write ``files`` (by path below ``content/``), sync them, read them back when ``verify``, and leave the note.
 
-    ``go_on`` is called often, and may raise to give up.
+    The folders are synced by the commit, all at once. ``go_on`` is called often, and may raise to give up.
     """
     content = partial / CONTENT
     entries = {}
@@ -35,22 +35,12 @@ def write_share(
         with HashedFile(path, go_on) as file:
             write(file)
         entries[name] = file.entry
-    _sync_folders(content, entries)
     if verify:
         for name, entry in entries.items():
             go_on()
             read_back(content / name, entry)
     (partial / DONE).mkdir(exist_ok=True)
     write_json_atomically(partial / DONE / _note(rank), entries)
-
-
-def _sync_folders(content: Path, names: Mapping[str, FileEntry]) -> None:
-    """Sync every folder between ``names`` and ``content``, and the two above, which may be new."""
-    folders = {content, content.parent, content.parent.parent}
-    for name in names:
-        folders.update(parent for parent in (content / name).parents if parent.is_relative_to(content))
-    for folder in sorted(folders):
-        fsync_path(folder)
 
 
 def shares_done(partial: Path, world_size: int) -> dict[str, FileEntry] | None:

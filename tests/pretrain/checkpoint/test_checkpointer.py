@@ -24,21 +24,21 @@ HOLD_SECONDS = 60
 
 
 class HeldStorage:
-    """Writes that wait until ``release``, or fail."""
+    """Files that are not opened until ``release``, or fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.released = threading.Event(), threading.Event()
         self.problem: Exception | None = None
-        original = share_module.read_back
+        original = share_module.HashedFile
 
-        def held(*arguments: Any) -> None:
+        def held(*arguments: Any) -> Any:
             self.entered.set()
             assert self.released.wait(HOLD_SECONDS)
             if self.problem is not None:
                 raise self.problem
-            original(*arguments)
+            return original(*arguments)
 
-        monkeypatch.setattr(share_module, "read_back", held)
+        monkeypatch.setattr(share_module, "HashedFile", held)
 
     def release(self) -> None:
         self.released.set()

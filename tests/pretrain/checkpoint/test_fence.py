@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import IDENTITY, Run
+from fake_engine import IDENTITY, FakeEngine, Run
 from file_operations import files_below
 
 from launch.settings import BadInputError
@@ -124,6 +124,22 @@ def test_a_commit_that_a_start_raced_with_is_seen_by_it(tmp_path: Path, monkeypa
     current = Run(tmp_path)
     assert current.resumed is not None
     assert current.resumed.step == 2
+
+
+def test_a_start_that_was_overtaken_while_it_loaded_ends_before_it_touches_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(tmp_path).save(1)
+    original = FakeEngine.load
+
+    def slow(self: FakeEngine, folder: Path, tag: str) -> None:
+        monkeypatch.undo()
+        Run(tmp_path)
+        original(self, folder, tag)
+
+    monkeypatch.setattr(FakeEngine, "load", slow)
+    with pytest.raises(StaleRunError):
+        Run(tmp_path)
 
 
 def test_a_start_that_is_refused_leaves_the_running_one_alone(tmp_path: Path) -> None:
