@@ -107,12 +107,12 @@ silent_nodes() {
 }
 
 # Ends srun when it does not return by itself after ranks have ended. It does not while a node of the step is dead, and
-# then neither may this shell: a job that ends, or is requeued, before Slurm has declared the node DOWN is not
-# requeued, or loses its GPUs (seen on Slurm 22.05). So it waits for that, and Slurm ends this shell.
+# then neither may this shell: a job that ends before Slurm has declared the node DOWN is not requeued, and one that is
+# requeued before starts without its GPUs (Slurm 22.05). So it waits for that, and Slurm ends this shell.
 watch_step() {
     local first_end="" silent="" told=""
     while sleep "$ICE_POLL_SECONDS" &>/dev/null; do
-        [[ -n "$(ls "$ended")" ]] || continue
+        compgen -G "$ended/*" >/dev/null || continue
         : "${first_end:=$SECONDS}"
         # srun's own --wait comes first.
         ((SECONDS - first_end > ICE_WAIT_SECONDS + ICE_WAIT_SECONDS / 2)) || continue
@@ -248,7 +248,7 @@ train() {
         *)
             say "training ended with status $status"
             if [[ $stop == TERM ]]; then
-                say "the job was asked to end; submit again to go on"
+                say "TERM ended this start (Slurm has the job as $(job_field JobState))"
             elif ! is_current; then
                 say "Slurm has given up on this start; left alone"
             else

@@ -74,9 +74,8 @@ class SlurmJob:
         wait_for(lambda: wanted in self.text(), seconds, lambda: f"no {wanted!r} in the log of {self}:\n{self.text()}")
 
     def wait_for_restart(self, number: int, seconds: float = 300) -> None:
-        """Until the job runs again, for the ``number``-th time after the first."""
-        wait_for(lambda: self.restarts >= number and self.state == "RUNNING", seconds, lambda: self.text())
-        assert self.restarts == number, self.text()
+        """Until the job runs again, for the ``number``-th time after the first or more."""
+        wait_for(lambda: self.restarts >= number and self.state == "RUNNING", seconds, self.text)
 
     def wait_for_end(self, seconds: float = 300) -> str:
         """The state that the job ended in."""
@@ -90,16 +89,16 @@ class SlurmJob:
     def cancel(self) -> None:
         subprocess.run(["scancel", self.number], check=False, capture_output=True)
 
-    def ranks(self, restarts: int) -> list[psutil.Process]:
-        """The training processes of one start, in rank order; all nodes' processes are this machine's."""
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes of the present start, in rank order; all nodes' processes are this machine's."""
         ranks = {}
+        start = (self.number, self.restarts)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if "pretrain/main.py" not in process.cmdline():
+                if "pretrain/main.py" not in process.cmdline() or "python" not in process.name():
                     continue
                 values = process.environ()
-                here = values.get("SLURM_JOB_ID"), int(values.get("SLURM_RESTART_COUNT", "0"))
-                if here == (self.number, restarts) and "python" in process.name():
+                if (values.get("SLURM_JOB_ID"), int(values.get("SLURM_RESTART_COUNT", "0"))) == start:
                     ranks[int(values["RANK"])] = process
         return [ranks[rank] for rank in sorted(ranks)]
 

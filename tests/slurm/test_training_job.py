@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,10 +122,11 @@ def wait_for_step(job: SlurmJob, run: Path, step: int) -> None:
     assert reached(), job.text()
 
 
-def identity_of(path: Path) -> tuple[int, int]:
-    """Changes when the file is written anew, also with the same bytes."""
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is written anew, also with the same bytes; None when it is gone."""
+    if not path.exists():
+        return None
     found = path.stat()
-    assert stat.S_ISREG(found.st_mode)
     return found.st_ino, found.st_mtime_ns
 
 
@@ -151,8 +151,8 @@ def test_a_run_survives_every_fault_and_is_the_unbroken_run_to_the_bit(jobs: Job
     wait_for_step(job, run, last_step(run) + EVERY + 1)
     a_hung_node_is_replaced(job)
     assert job.wait_for_end() == "COMPLETED", job.text()
-    assert job.restarts == 5
-    assert job.text().count("finished") == 1
+    assert job.restarts >= 5
+    assert job.text().count("job " + job.number + ": finished") == 1
 
     got, wanted = training_lines(run), training_lines(place / "runs" / "unbroken")
     assert [line["step"] for line in got] == list(range(1, STEPS + 1))
@@ -174,7 +174,7 @@ def scancel_saves_and_does_not_requeue(jobs: Jobs, run: Path) -> None:
 
 def the_time_limit_saves_and_requeues(job: SlurmJob, run: Path) -> None:
     """The script asks for USR1 300 s before the end; an end that is suddenly that near brings it within 30 s."""
-    with held(job.ranks(restarts=0)):
+    with held(job.ranks()):
         minutes, seconds = job.field("RunTime").rsplit(":", 2)[-2:]
         job.update(TimeLimit=str(math.ceil(int(minutes) + int(seconds) / 60) + 3))
         job.wait_for_text("received USR1", 90)
@@ -187,7 +187,7 @@ def the_time_limit_saves_and_requeues(job: SlurmJob, run: Path) -> None:
 
 
 def a_killed_rank_is_retried(job: SlurmJob) -> None:
-    job.ranks(restarts=1)[1].kill()
+    job.ranks()[1].kill()
     job.wait_for_restart(2)
     assert job.text().count("back in the queue") == 2
 
@@ -196,26 +196,28 @@ def a_node_that_loses_power_is_replaced(job: SlurmJob) -> None:
     lost = job.nodes[1]
     local_slurm("kill-node", lost)
     job.wait_for_restart(3)
-    # Not by this side: requeueing while a node is dead loses the job's GPUs.
+    # By Slurm: had the shell put it back before, the job would have lost its GPUs.
     assert job.text().count("back in the queue") == 2
+    assert job.text().count("Unable to create step") == 0
     assert lost not in job.nodes
-    assert job.field("JOB_GRES") in ("", "gpu:h100:16")
     local_slurm("start-node", lost)
 
 
 def a_stale_start_commits_nothing(job: SlurmJob, run: Path) -> None:
     """Both nodes' daemons die, the ranks live on while the job runs again elsewhere: a split brain."""
-    stale, nodes = job.ranks(restarts=3), job.nodes
+    stale, nodes = job.ranks(), job.nodes
     assert len(stale) == 2
     with held(stale):
         before = last_step(run)
         for node in nodes:
             local_slurm("kill-slurmd", node)
+        # Slurm 22.05 may start a job that lost both nodes without GPUs; that start fails, and is retried.
         job.wait_for_restart(4)
-        assert not set(nodes) & set(job.nodes)
         # Past the step that the stale ranks would save next.
         wait_for_step(job, run, before // EVERY * EVERY + EVERY)
-        current = job.ranks(restarts=4)
+        assert not set(nodes) & set(job.nodes)
+        current = job.ranks()
+    assert len(current) == 2
     with held(current):
         checkpoints = run / "checkpoints"
         files = [*checkpoints.glob("step_*/*"), checkpoints / "latest", run / "metrics.jsonl"]
@@ -231,8 +233,47 @@ def a_stale_start_commits_nothing(job: SlurmJob, run: Path) -> None:
 
 def a_hung_node_is_replaced(job: SlurmJob) -> None:
     """The batch shell's own node falls silent."""
-    lost = job.nodes[0]
+    lost, before = job.nodes[0], job.restarts
     local_slurm("hang-node", lost)
-    job.wait_for_restart(5)
+    job.wait_for_restart(before + 1)
     assert lost not in job.nodes
     local_slurm("start-node", lost)
+
+
+# Stands for training in what is decided without it: reports a bad host the first time, and crashes.
+CRASHES = """#!/bin/bash
+[[ $2 == pretrain/main.py ]] || exec {python} "$@"
+echo "rank $RANK on $(hostname) crashes"
+[[ $RANK == 1 && ! -e {run}/preflight.json ]] && echo "{{\\"bad_hosts\\": [\\"$(hostname)\\"]}}" >{run}/preflight.json
+exit 3
+"""
+
+
+def test_a_job_that_never_gets_on_is_given_up_and_leaves_out_bad_nodes(jobs: Jobs, place: Path) -> None:
+    stand_in = place / "python"
+    stand_in.write_text(CRASHES.format(python=sys.executable, run=place / "runs" / "crashing"))
+    stand_in.chmod(0o755)
+    job = jobs.train("crashing", ICE_PYTHON=str(stand_in), ICE_RETRIES="1")
+    wait_for(lambda: job.state in (*ENDED, "PENDING") and "back in the queue" in job.text(), START_SECONDS, job.text)
+    bad = job.field("ExcNodeList")
+    assert job.wait_for_end() == "FAILED", job.text()
+    assert job.field("ExitCode") == "3:0"
+    assert job.restarts == 1
+    assert f"rank 1 on {bad} crashes" in job.text()
+    assert job.text().count(f"on {bad} crashes") == 1, "the node that failed preflight was used again"
+    assert "error: 2 starts in a row ended without a checkpoint" in job.text()
+
+
+def test_a_wrong_configuration_fails_once_and_is_not_requeued(jobs: Jobs, place: Path) -> None:
+    early = jobs.train("wrong", settings=("parallel.expert_parallel_size=3",))
+    late = jobs.train("late", settings=(f"data.path={place / 'nowhere'}",))  # what only the ranks find
+    for job in (early, late):
+        assert job.wait_for_end() == "FAILED", job.text()
+        assert job.field("ExitCode") == "78:0"
+        assert job.restarts == 0
+        errors = [line for line in job.text().splitlines() if line.startswith("error:")]
+        assert len(errors) == 1, job.text()
+        assert "Traceback" not in job.text()
+    assert "parallel.expert_parallel_size = 3" in early.text()
+    assert "nowhere" in late.text()
+    assert not list(place.glob("runs/wrong/slurm/start-*")), "ranks were started for it"
