@@ -11,9 +11,9 @@
 # (scancel), the ranks save and the job stays ended. When a node dies, Slurm itself requeues the job after it has
 # declared the node DOWN.
 #
-# Five minutes before the time limit Slurm sends USR1 to this shell only (--signal=B:USR1@300): sent to the whole step,
-# it would also reach helpers of the ranks, and end those that have no handler. The shell hands it to srun, and srun to
-# the ranks. srun runs in the background, because a shell runs its traps only between commands or while it waits.
+# Five minutes before the time limit Slurm sends USR1 to this shell (--signal=B:USR1@300), which hands it to srun. From
+# there it reaches every process of the step: what a rank starts must bear USR1 (W&B's helper does). srun runs in the
+# background, because a shell runs its traps only between commands or while it waits.
 #
 # ICE_ROOT               the checkout; default: the folder that sbatch was called in
 # ICE_PYTHON             default: $ICE_ROOT/.venv/bin/python; in a container: python
