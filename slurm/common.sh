@@ -162,11 +162,15 @@ run_step() {
     step_status "$status"
 }
 
-# step_status STATUS: srun's status, or what the ranks that were not killed (below 128) agree on. A rank that finds bad
-# input alone speaks for all; a rank that is killed while the others leave with 75 does not.
+# step_status STATUS: what srun's status means. Its 0 counts when the first rank, which leaves after a barrier, says so
+# too: srun also returns 0 after a "Node failure". Otherwise it is what the ranks that were not killed (below 128) agree on: one
+# that finds bad input alone speaks for all; one that is killed while the others leave with 75 does not.
 step_status() {
     local of_srun=$1 status all_saved=no
-    ((of_srun != EXIT_FINISHED)) || return "$EXIT_FINISHED"
+    if ((of_srun == EXIT_FINISHED)); then
+        [[ "$(cat "$ended/0" 2>/dev/null)" != "$EXIT_FINISHED" ]] || return "$EXIT_FINISHED"
+        of_srun=1
+    fi
     while read -r status; do
         case $status in
             "$EXIT_BAD_INPUT") return "$EXIT_BAD_INPUT" ;;

@@ -29,6 +29,7 @@ for rank in $first $second; do
     while again=no; wait $rank; status=$?; [[ $again == yes ]]; do :; done
     if ((status > highest)); then highest=$status; fi
 done
+if [[ -n $SRUN_STATUS ]]; then exit "$SRUN_STATUS"; fi
 if [[ -n $HANG_SRUN ]]; then trap 'echo "srun got TERM"; exit 143' TERM; while :; do sleep 0.1; done; fi
 exit "$highest"
 """
@@ -172,6 +173,12 @@ def test_what_becomes_of_the_job(
     ended, output = job.finish()
     assert ended == status, output
     assert job.was_requeued == requeued, output
+
+
+def test_an_srun_that_returns_0_after_a_node_failure_is_not_believed(repository_root: Path, tmp_path: Path) -> None:
+    job = Job(repository_root, tmp_path, "KILL KILL", SRUN_STATUS="0")
+    assert job.finish()[0] == 1
+    assert job.was_requeued
 
 
 def test_a_refused_configuration_starts_no_rank(repository_root: Path, tmp_path: Path) -> None:
