@@ -163,8 +163,8 @@ run_step() {
 }
 
 # step_status STATUS: what srun's status means. Its 0 counts when the first rank, which leaves after a barrier, says so
-# too: srun also returns 0 after a "Node failure". Otherwise it is what the ranks that were not killed (below 128) agree on: one
-# that finds bad input alone speaks for all; one that is killed while the others leave with 75 does not.
+# too: srun also returns 0 after a "Node failure". Otherwise it is what the ranks that were not killed (below 128) agree
+# on: one that finds bad input alone speaks for all; one that is killed while the others leave with 75 does not.
 step_status() {
     local of_srun=$1 status all_saved=no
     if ((of_srun == EXIT_FINISHED)); then
