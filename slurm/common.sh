@@ -185,7 +185,7 @@ step_status() {
 # ask COMMAND...: a question to Slurm, repeated for a while when its controller does not answer.
 ask() {
     local try
-    for ((try = 1; try <= 20; try++)); do
+    for ((try = 1; try <= 120; try++)); do
         if "$@"; then
             return
         fi
@@ -232,7 +232,7 @@ train() {
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST," \
         "rendezvous $MASTER_ADDR:$MASTER_PORT, $1"
 
-    local status=0 decision
+    local status=0 decision nodes
     local budget=("${python[@]}" launch/retry_budget.py)
     # Checks the configuration too, before any rank starts.
     run="$("${budget[@]}" begin --job "$SLURM_JOB_ID" --tasks "$SLURM_NTASKS" --config "$@")" || status=$?
