@@ -29,7 +29,7 @@ os.environ.update(
 )
 # A suite run inside an allocation is not one of its ranks.
 for _name in list(os.environ):
-    if _name.startswith(("SLURM_", "OMPI_", "PMI_")) or _name in {
+    if _name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_")) or _name in {
         "RANK",
         "LOCAL_RANK",
         "WORLD_SIZE",

@@ -6,6 +6,7 @@ warning, and resumed again; it must end with the same numbers, to the bit.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -318,6 +319,28 @@ def test_a_run_stopped_and_killed_and_resumed_is_the_undisturbed_run_to_the_bit(
     state = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
     assert ids == {state["wandb_id"]}
     assert_history_without_gaps(run)
+
+
+@pytest.mark.skipif(
+    not shutil.which("mpirun") or not importlib.util.find_spec("mpi4py"),
+    reason="mpirun or mpi4py is missing: apt-get install openmpi-bin; pip install -c constraints.txt mpi4py",
+)
+def test_mpirun_trains_as_the_launcher_does(place: Path, undisturbed: Path, repository_root: Path) -> None:
+    config = write_config(place, place / "data", "mpi")
+    options = ["-n", "2", "--oversubscribe", "--bind-to", "none"]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = subprocess.run(
+        ["mpirun", *options, sys.executable, "pretrain/main.py", "--config", str(config)],
+        cwd=repository_root,
+        env={**os.environ, **root, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same_run(place / "runs" / "mpi", undisturbed)
 
 
 def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(
