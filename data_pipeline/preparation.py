@@ -19,7 +19,7 @@ from data_pipeline.dedup.procedure import Indexing
 from data_pipeline.execution.executors import Executor
 from data_pipeline.execution.progress import Reporter
 from data_pipeline.execution.stages import Finished, Stage, StageRunner, digest_of
-from data_pipeline.execution.tally import Tally, add_to_tally, tally_sum
+from data_pipeline.execution.tally import tally_by, tally_sum
 from data_pipeline.inputs.file_tables import FileTable, describe_files, find_files
 from data_pipeline.inputs.readers import stage_files
 from data_pipeline.split import SPLITS
@@ -184,7 +184,7 @@ class Preparation:
         from data_pipeline.tokenizer.interface import load_tokenizer
         from data_pipeline.tokenizer.self_check import adversarial_texts, sample_texts
 
-        settings, domains = self.settings, sorted(before.tally("kept"))
+        settings, domains = self.settings, sorted(tally_by(before.tally("kept"), 0))
         if len(domains) > MAX_DOMAINS:
             raise BadInputError(f"the documents have {len(domains)} domains, at most {MAX_DOMAINS} can be kept")
         model = tokenizer_file(tokenizer)
@@ -241,6 +241,7 @@ def check_given_tokenizer(settings: TokenizerSettings, reporter: Reporter) -> No
 def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> Path:
     """Run every stage that is needed and publish the data set; returns its folder."""
     from data_pipeline.dataset.publish import build_manifest, is_published, publish
+    from data_pipeline.report.account import make_report
     from data_pipeline.report.content import collect
     from data_pipeline.report.page import write_report
 
@@ -272,7 +273,7 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         split = run.split(documents)
         tokenizer = run.tokenizer(split)
         shards = run.shards(split, tokenizer)
-        domains = sorted(split.tally("kept"))
+        domains = sorted(tally_by(split.tally("kept"), 0))
         left_out: dict[str, Any] = {"name": True, "output": True, "execution": True, "tokenizer": {"engine"}}
         left_out["dedup"] = {"index"}
         table = cleaned.folder / "files.json"
@@ -288,7 +289,8 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         if is_published(manifest, places, output):
             reporter.line("publish", "already done")
         else:
-            report = make_report(cleaned, list(removals.values()), split, shards)
+            names = [table.name for table in tables]
+            report = make_report(cleaned, list(removals.values()), split, shards, names)
             publish(manifest, places, report, output)
             tokens = {
                 name: {domain: entry.tokens for domain, entry in getattr(manifest, name).by_domain.items()}
@@ -306,31 +308,3 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
     bits = 8 * manifest.validation_documents.gzip9_bytes / manifest.validation.total.utf8_bytes
     reporter.line("ready", f"{output}: vocabulary {manifest.vocab_size}; gzip -9 of validation: {bits:.3f} bits a byte")
     return output
-
-
-def make_report(cleaned: Finished, removals: Sequence[Finished], split: Finished, shards: Finished) -> dict[str, Any]:
-    """Every document accounted for: read = quarantined + dropped (both by reason and domain) + train + validation."""
-    from data_pipeline.dedup.decontamination import read_summary
-
-    dropped: dict[str, Tally] = {}
-    quarantined: dict[str, Tally] = {}
-    read = cleaned.tally("read")
-    for key, counts in cleaned.tally("quarantined").items():
-        reason, domain = key.split("\t")
-        add_to_tally(quarantined.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
-        add_to_tally(read, domain, counts["bytes"], counts["documents"])
-    decontamination: dict[str, dict[str, int]] = {}
-    for stage in (cleaned, *removals):
-        decontamination |= read_summary(stage.folder)
-        for folder in sorted((stage.folder / "tallies").glob("dropped*")):
-            for key, counts in stage.tally(folder.name).items():
-                reason, domain = key.split("\t")
-                add_to_tally(dropped.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
-    return {
-        "read": read,
-        "quarantined": quarantined,
-        "dropped": dropped,
-        "decontamination": decontamination,
-        "kept": split.tally("kept"),
-        **{name: shards.tally(name) for name in SPLITS},
-    }

@@ -32,7 +32,7 @@ from launch.files import fsync_path, sha256_of, write_json_atomically
 from launch.settings import BadInputError
 
 # Raise it when the code of a stage changes what it writes, so that results of older code are not taken for new ones.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 RECORD_NAME = "DONE.json"
 SCRATCH_NAMES = ("scratch", "logs")
 SIDE_NAMES = ("tallies", "dropped", "samples")
