@@ -16,6 +16,7 @@ from data_pipeline.config import DataSettings, TokenizerSettings
 from data_pipeline.dedup.evaluation_sets import check_evaluation_sets
 from data_pipeline.dedup.index import check_index_target, open_indices
 from data_pipeline.dedup.procedure import Indexing
+from data_pipeline.disk_full import said_in_one_line
 from data_pipeline.execution.executors import Executor
 from data_pipeline.execution.progress import Reporter
 from data_pipeline.execution.stages import Finished, Stage, StageRunner, digest_of
@@ -122,7 +123,8 @@ class Preparation:
         dedup = self.settings.dedup
         if dedup.index is not None:
             parts = {kind: stage.folder / "index" / kind for kind, stage in stages.items()}
-            new = write_index(Path(dedup.index), self.settings.name, dedup, parts)
+            with said_in_one_line(Path(dedup.index)):
+                new = write_index(Path(dedup.index), self.settings.name, dedup, parts)
             self.runner.reporter.line("index", dedup.index if new else "already done")
 
     def _indexing(self, kind: str) -> Indexing:
@@ -243,7 +245,7 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
     from data_pipeline.dataset.publish import build_manifest, is_published, publish
     from data_pipeline.report.account import make_report
     from data_pipeline.report.content import collect
-    from data_pipeline.report.page import write_report
+    from data_pipeline.report.page import render_page
 
     check_given_tokenizer(settings.tokenizer, reporter)
     if settings.dedup.index is not None:
@@ -257,7 +259,7 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         runner = StageRunner(output / ".stages", reporter)
     except OSError as error:
         raise BadInputError(f"output = {settings.output!r}: cannot be created ({error.strerror})") from None
-    with runner.lock():
+    with said_in_one_line(output), runner.lock():
         run = Preparation(settings, executor, runner)
         documents = cleaned = run.clean(tables)
         removals: dict[str, Finished] = {}
@@ -291,12 +293,12 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         else:
             names = [table.name for table in tables]
             report = make_report(cleaned, list(removals.values()), split, shards, names)
-            publish(manifest, places, report, output)
             tokens = {
                 name: {domain: entry.tokens for domain, entry in getattr(manifest, name).by_domain.items()}
                 for name in SPLITS
             }
-            write_report(collect(settings.name, cleaned, list(removals.values()), report, tokens), output)
+            page = render_page(collect(settings.name, cleaned, list(removals.values()), report, tokens))
+            publish(manifest, places, report, output, page)
             provenance = "" if manifest.sources else "; documents' provenance was not kept"
             reporter.line("publish", f"manifest {manifest.fingerprint[:16]}{provenance}")
         run.write_index(keys)

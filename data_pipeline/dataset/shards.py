@@ -62,14 +62,6 @@ def shard_file(path: Path, kind: str) -> Path:
     return path.with_name(path.name.removesuffix(".bin") + SHARD_SUFFIXES[kind])
 
 
-def unwritable(path: Path, error: OSError) -> BadInputError:
-    """The line for a full disk and its like."""
-    return BadInputError(
-        f"{path}: cannot be written ({error.strerror}); make room or choose another output, then run it again: "
-        "finished stages are kept, and nothing half is published"
-    )
-
-
 class HashedFile:
     """A file that is written once, front to back, and hashed on the way."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
 
 from data_pipeline.clean.samples import KEPT, Sample
 from data_pipeline.execution.tally import Counts, tally_sum
@@ -23,10 +22,8 @@ from data_pipeline.report.pictures import (
     draw_tokens,
 )
 from data_pipeline.split import SPLITS
-from launch.files import write_atomically
 
 LOSSES = ("quarantined", "dropped")
-PAGE_NAME = "report.html"
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dae1 }
@@ -157,8 +154,3 @@ def render_page(content: ReportContent) -> str:
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-
-
-def write_report(content: ReportContent, folder: Path) -> None:
-    """Write ``report.html`` into ``folder``."""
-    write_atomically(folder / PAGE_NAME, render_page(content).encode())
