@@ -180,7 +180,7 @@ class Preparation:
         """Tokens of both splits, and the validation texts for evaluation."""
         from data_pipeline.dataset.merge import MergeShards, plan_shards
         from data_pipeline.dataset.publish import write_validation_documents
-        from data_pipeline.dataset.shards import MAX_DOMAINS
+        from data_pipeline.dataset.shards import MAX_DOMAINS, written_hashes
         from data_pipeline.dataset.tokenise import tokenise_pipeline
         from data_pipeline.tokenizer.engine import choose_engine
         from data_pipeline.tokenizer.interface import load_tokenizer
@@ -210,10 +210,14 @@ class Preparation:
             size = write_validation_documents(stage_files(before.folder / "validation"), folder / "documents.jsonl.gz")
             write_json_atomically(folder / "gzip9.json", size)
 
+        def hashes(folder: Path) -> dict[str, str]:
+            return {f"{name}/{file}": value for name in SPLITS for file, value in written_hashes(folder / name).items()}
+
         inputs = {before.folder.name.split("-")[0]: before.digest, "tokenizer": tokenizer.digest}
         section = [settings.shards.model_dump(), loaded.library, loaded.end_id, domains]
         input_bytes = tally_sum(before.tally("kept"))["bytes"]
-        return self.runner.run(Stage("shards", section, inputs, build, ("validation", "train"), input_bytes))
+        watch = ("validation", "train")
+        return self.runner.run(Stage("shards", section, inputs, build, watch, input_bytes, hashes))
 
     def _after(self, before: Finished, name: str, section: Any, build: Any, watch: Sequence[str] = ()) -> Finished:
         kept = tally_sum(before.tally("kept"))

@@ -69,6 +69,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
     from pretrain.preemption import StopRequest
     from pretrain.run_log import RunLog
+    from pretrain.run_tokenizer import keep_tokenizer
     from pretrain.tracking import new_wandb_id
     from pretrain.trainer import Trainer, TrainingFailedError
 
@@ -108,6 +109,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     if place.is_first:
         run_path.mkdir(parents=True, exist_ok=True)
         write_json_atomically(run_path / "config.json", config.model_dump(mode="json"))
+        keep_tokenizer(dataset, run_path)
     log = RunLog(config, start, place.is_first, gzip9_bits_per_byte(dataset))
     for notice in notices:
         log.say(notice)

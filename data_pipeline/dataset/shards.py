@@ -212,6 +212,13 @@ def read_description(path: Path) -> Description:
     return Description(ShardEntry.model_validate(values["entry"]), rows)
 
 
+def written_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of the finished shards in ``folder``, by name, as their writers computed them."""
+    entries = [read_description(path).entry for path in sorted(folder.glob("*.bin"))]
+    files = [getattr(entry.files, kind) for entry in entries for kind in SHARD_SUFFIXES]
+    return {file.file: file.sha256 for file in files}
+
+
 @dataclass(frozen=True)
 class Shard:
     """An open shard; arrays are memory-mapped and read-only. ``path`` is its ``.bin``.

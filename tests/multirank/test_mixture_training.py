@@ -21,6 +21,7 @@ from rank_pool import RankPool
 from data_pipeline.dataset.publish import build_manifest, publish
 from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.tokenizer.bpe import train_tokenizer
+from pretrain import generate, loaded_run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
@@ -163,3 +164,16 @@ def test_one_rank_sees_the_same_samples_and_nearly_the_same_losses(
     assert same_steps(steps, unbroken)
     losses = [[line["loss"] for line in lines_of(values, name)] for name in ("alone", "unbroken")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_text_comes_out_of_the_run_without_its_data(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_data(path: Path) -> None:
+        raise AssertionError(f"{path} was opened")
+
+    monkeypatch.setattr(loaded_run, "open_dataset", no_data)
+    run = Path(values["run"]["dir"]) / "unbroken"
+    assert generate.main(["--run", str(run), "--prompt", "some words", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("some words")
