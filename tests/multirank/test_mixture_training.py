@@ -22,6 +22,7 @@ from data_pipeline.dataset.publish import build_manifest, publish
 from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.tokenizer.bpe import train_tokenizer
 from pretrain import generate, loaded_run
+from pretrain.evaluate import evaluate_run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
@@ -70,7 +71,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "precision": {"dtype": "fp32"},
         "parallel": {"zero_stage": 3, "expert_parallel_size": 2, "micro_batch_size": 2},
         "checkpoint": {"every": 4},
-        "eval": {"every": 100, "sequences": 4},
+        "eval": {"every": 100},
         "logging": {"wandb": "disabled", "tensorboard": False, "plot": False},
     }
 
@@ -164,6 +165,20 @@ def test_one_rank_sees_the_same_samples_and_nearly_the_same_losses(
     assert same_steps(steps, unbroken)
     losses = [[line["loss"] for line in lines_of(values, name)] for name in ("alone", "unbroken")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_every_source_is_evaluated_as_one_process_would(values: dict[str, Any]) -> None:
+    run = Path(values["run"]["dir"]) / "unbroken"
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    by_source = {name: line[f"validation_bits_per_byte/source/{name}"] for name in TOKENS_OF}
+    assert line["validation_bits_per_byte"] == by_source["low"], "data.path is the first source's"
+    assert line["validation_bits_per_byte/source/high/text"] == by_source["high"]
+    assert by_source["high"] < by_source["low"] - 0.1, "the last steps trained on high alone"
+    results, _ = evaluate_run(run, [2])
+    assert {name: losses.bits_per_byte for name, losses in results[2].by_source.items()} == pytest.approx(
+        by_source, rel=1e-4
+    )
 
 
 @pytest.mark.usefixtures("unbroken")
