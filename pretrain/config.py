@@ -109,6 +109,9 @@ class DataSection(Section):
         "concatenate", description="cut the stream anywhere, or keep documents whole and pad"
     )
     document_mask: bool = Field(False, description="attention stays inside a document")
+    cache: str | None = Field(
+        None, description="folder for best_fit's table of a large data set; null is .cache in the data set"
+    )
     prefetch_workers: int = Field(2, ge=0, description="threads that read ahead; 0 reads when a step begins")
     prefetch_steps: int = Field(2, ge=1, description="steps that are read ahead")
 

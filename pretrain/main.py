@@ -64,11 +64,12 @@ def train(config: TrainingConfig, place: Place) -> int:
     """Assemble a run's collaborators, and train."""
     # Importing these takes seconds (torch, DeepSpeed, matplotlib); a configuration error should not wait for them.
     from pretrain.checkpoint import Checkpointer, CheckpointError, Fence, RunIdentity, TrainingState
-    from pretrain.data import BatchLoader, Prefetcher, TokenSequences, open_sampler
+    from pretrain.data import BatchLoader, Prefetcher, held_out_sets, open_sampler
     from pretrain.engine import TrainingEngine
     from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
     from pretrain.preemption import StopRequest
     from pretrain.run_log import RunLog
+    from pretrain.run_tokenizer import keep_tokenizer
     from pretrain.tracking import new_wandb_id
     from pretrain.trainer import Trainer, TrainingFailedError
 
@@ -76,7 +77,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
     total_samples = config.schedule.steps * config.data.global_batch_size
     sampler.require_enough(total_samples)
-    held_out = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
+    held_out = held_out_sets(config.data, dataset, {s.dataset.folder: s.dataset for s in sampler.sources})
     run_path = config.run.path
     checkpoints = run_path / "checkpoints"
     if config.checkpoint.resume == "never" and any(checkpoints.glob("step_*")):
@@ -112,6 +113,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     start = resumed or TrainingState(step=0, next_sample=0, tokens=0, wandb_id=wandb_id)
     if place.is_first:
         write_json_atomically(run_path / "config.json", config.model_dump(mode="json"))
+        keep_tokenizer(dataset, run_path)
     log = RunLog(config, start, place.is_first, gzip9_bits_per_byte(dataset))
     checkpointer.say = log.say
     for notice in notices:
@@ -127,7 +129,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     )
     try:
         with Prefetcher(loader, total_samples, config.data.prefetch_workers, config.data.prefetch_steps) as batches:
-            evaluator = Evaluator(config, dataset, held_out)
+            evaluator = Evaluator(config, held_out)
             trainer = Trainer(config, engine, sampler, batches, evaluator, checkpointer, log, stop)
             status = trainer.train(start)
     except BadInputError as error:

@@ -42,6 +42,7 @@ from data_pipeline.clean.language import find_language_model, identify_language
 from data_pipeline.clean.normalise import normalise
 from data_pipeline.clean.personal_information import replace_personal_information
 from data_pipeline.clean.rules import Rule, length_rule
+from data_pipeline.clean.rulings import without_rulings
 from data_pipeline.clean.samples import KEPT, SAMPLES_FOLDER, Samples
 from data_pipeline.clean.settings import CleanSettings
 from data_pipeline.clean.words import Page
@@ -100,8 +101,9 @@ class DocumentCleaner:
             return "length", reason
         if settings.language and self._language_model and not self._is_language_wanted(document):
             return "language", "language"
+        judged = Page(without_rulings(page.text)) if settings.ignore_rulings else page
         for step, rule in self._rules:
-            if reason := rule(page):
+            if reason := rule(judged):
                 return step, reason
         if self._edit:
             document.text, reason = self._edit(page.text)

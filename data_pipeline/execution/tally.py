@@ -1,8 +1,9 @@
 """Counting what flows and what is dropped, so that every document is accounted for.
 
 A pipeline runs as several tasks in several processes; each task writes its own small JSON file and
-:func:`read_tallies` adds them up. A tally is ``{key: {"documents": n, "bytes": utf8_bytes}}``, keyed by domain for
-what passes a point, and by ``reason<TAB>domain`` for what was dropped.
+:func:`read_tallies` adds them up. A tally is ``{key: {"documents": n, "bytes": utf8_bytes}}``, keyed by
+``domain<TAB>source`` for what passes a point, and by ``reason<TAB>domain<TAB>source`` for what was dropped, where the
+source is its number in the settings. :func:`tally_by` adds up what a table does not tell apart.
 """
 
 from __future__ import annotations
@@ -55,8 +56,25 @@ def tally_sum(tally: Tally) -> Counts:
     return {unit: sum(counts[unit] for counts in tally.values()) for unit in ("documents", "bytes")}
 
 
+def place_of(document: Document) -> str:
+    """The end of a document's key: its domain and the number of its source, which is empty without an origin."""
+    origin = document.metadata.get("origin")
+    return f"{document.metadata['domain']}\t{origin['source'] if origin else ''}"
+
+
+def tally_by(tally: Tally, part: int) -> Tally:
+    """The tally with one part of its keys as the key: 0 is the first one, -1 the last, which is the source."""
+    result: Tally = {}
+    for key, counts in tally.items():
+        add_to_tally(result, key.split("\t")[part], counts["bytes"], counts["documents"])
+    return result
+
+
 class CountDocuments(PipelineStep):
-    """Counts documents and bytes by domain at one point of a pipeline; updated while it runs, for the progress bar."""
+    """Counts documents and bytes by domain and source at one point of a pipeline.
+
+    Updated while it runs, for the progress bar.
+    """
 
     name = "Ice tally"
     type = "📊 - TALLY"
@@ -70,7 +88,7 @@ class CountDocuments(PipelineStep):
         tally: Tally = {}
         written = time.monotonic()
         for document in data:
-            add_to_tally(tally, document.metadata["domain"], len(document.text.encode()))
+            add_to_tally(tally, place_of(document), len(document.text.encode()))
             if time.monotonic() - written > TALLY_INTERVAL_SECONDS:
                 write_tally(self.folder, rank, tally)
                 written = time.monotonic()
@@ -88,7 +106,7 @@ class DocumentWriter(StageWriter):
 
 
 class DroppedWriter(StageWriter):
-    """Where filters put what they drop: the documents, for people who ask why, and a tally by reason and domain.
+    """Where filters put what they drop: the documents, for people who ask why, and a tally by reason and place.
 
     Given ``reason``, every document is dropped for that one (datatrove's de-duplication names none); otherwise the
     filter's own ``filter_reason`` is used.
@@ -105,8 +123,9 @@ class DroppedWriter(StageWriter):
         """Write one dropped document and count it."""
         if self.reason:
             document.metadata["filter_reason"] = self.reason
-        key = f"{document.metadata['filter_reason']}\t{document.metadata['domain']}"
-        add_to_tally(self.tally, key, len(document.text.encode()))
+        add_to_tally(
+            self.tally, f"{document.metadata['filter_reason']}\t{place_of(document)}", len(document.text.encode())
+        )
         self.rank = rank
         super().write(document, rank, **kwargs)
 

@@ -338,3 +338,26 @@ def reshape_and_continue(
     counts = [float(state["step"]) for state in adam.state.values()]
     end_engine(engine)
     return trace, [*groups, {"steps": counts}]
+
+
+def train_and_record_batches(values: dict[str, Any]) -> tuple[int, list[list[Any]]]:
+    """The training command's status, and this rank's batches of each step in the order in which it took them."""
+    import pretrain.data
+    from pretrain.main import train as train_command
+
+    steps: list[list[Any]] = []
+
+    class Recorder(pretrain.data.Prefetcher):
+        def step_batches(self, next_sample: int) -> list[pretrain.data.Batch]:
+            batches = super().step_batches(next_sample)
+            steps.append(batches)
+            return batches
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    place = discover_place()
+    check_topology(config, place.world_size, "scenario")
+    with (
+        mock.patch.object(TrainingEngine, "close", end_engine),
+        mock.patch.object(pretrain.data, "Prefetcher", Recorder),
+    ):
+        return train_command(config, place), steps

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.dataset.reader import Dataset
 from launch.settings import BadInputError
-from pretrain.data import IGNORED_TARGET, Batch, BatchLoader, Prefetcher, TokenSequences, validation_batches
+from pretrain.data import IGNORED_TARGET, Batch, BatchLoader, HeldOut, Prefetcher, TokenSequences, validation_batches
 from pretrain.data.loader import batch_of
 from pretrain.data.packing import Row
 
@@ -129,9 +129,9 @@ def test_targets_that_do_not_count_are_ignored() -> None:
 
 
 def test_validation_with_documents_has_the_same_targets(dataset: Dataset) -> None:
-    sequences = TokenSequences(dataset, "validation", 20, seed=0)
-    plain = list(validation_batches(sequences, 4))
-    masked = list(validation_batches(sequences, 4, with_documents=True))
+    held_out = HeldOut(dataset, 20, {})
+    plain = list(validation_batches(held_out, 4))
+    masked = list(validation_batches(held_out, 4, with_documents=True))
     ends = np.cumsum(
         [n for shard in dataset.split("validation").shards for n in np.diff(shard.document_ends, prepend=np.uint64(0))]
     )
