@@ -177,7 +177,7 @@ def test_documentation_keeps_reference_text_that_rules_for_the_web_drop(text: st
         (TABLE_OF_CONTENTS, "gopher_short_doc"),
         (BARE_NUMBERS, "gopher_below_alpha_threshold"),
         (LOG, "duplicated_5_n_grams"),
-        (RULINGS_ONLY, "dup_line_frac"),
+        (RULINGS_ONLY, "gopher_short_doc"),
     ],
     ids=["contents", "numbers", "log", "rulings"],
 )
