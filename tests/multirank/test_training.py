@@ -191,7 +191,10 @@ def read_history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = wandb_internal_pb2.Record.FromString(parts)
             parts = b""
             if record.WhichOneof("record_type") == "history":
-                yield record.history.step.num, {each.key: json.loads(each.value_json) for each in record.history.item}
+                row = {
+                    ".".join(each.nested_key) or each.key: json.loads(each.value_json) for each in record.history.item
+                }
+                yield record.history.step.num, row
 
 
 def training_lines(run: Path) -> list[dict[str, Any]]:
