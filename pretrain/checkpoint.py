@@ -19,7 +19,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,13 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after ``step`` optimizer steps."""
+    """Where a run stands after ``step`` optimizer steps; ``stability`` is what ``StabilityGuard`` remembers (JSON)."""
 
     step: int
     next_sample: int
     tokens: int
     wandb_id: str | None
+    stability: dict[str, Any] = field(default_factory=dict)
 
 
 def step_folder_name(step: int) -> str:
@@ -125,13 +126,22 @@ class Checkpointer:
             if kept_for_ever is None or _step_of(target) % kept_for_ever:
                 _remove(target)
 
-    def resume(self) -> TrainingState | None:
+    def poll(self) -> None:
+        """Report a failed write; a save is over when :meth:`save` returns, and fails there."""
+
+    def wait(self) -> None:
+        """Return when the last save is committed."""
+
+    def resume(self, newest_step: int | None = None) -> TrainingState | None:
         """Load the newest valid checkpoint into the engine; None when the run directory has none.
+
+        With ``newest_step``, the newest of that step or an earlier one: a roll-back. Younger ones are removed then,
+        once the older one is loaded, so that no later start continues from what was abandoned.
 
         Raises ``BadInputError`` when checkpoints exist but none is valid, or when the newest valid one belongs to
         another model, other data or another topology.
         """
-        found = self._newest_valid()
+        found = self._newest_valid(newest_step)
         if found is None:
             return None
         record = json.loads((found / STATE).read_text())
@@ -141,13 +151,22 @@ class Checkpointer:
         for name, bias in load_file(found / BIASES).items():
             biases[name].copy_(bias)
         _restore_random_state(torch.load(found / _rank_file(self.engine.place.rank), weights_only=True))
+        if newest_step is not None and self.engine.place.is_first:
+            self._abandon_after(found)
         self.engine.barrier()
-        return TrainingState(**{name: record[name] for name in TrainingState.__dataclass_fields__})
+        return TrainingState(**{name: record[name] for name in TrainingState.__dataclass_fields__ if name in record})
 
-    def _newest_valid(self) -> Path | None:
+    def _abandon_after(self, found: Path) -> None:
+        write_atomically(self.folder / LATEST, f"{found.name}\n".encode())
+        for checkpoint in reversed(_committed(self.folder)):
+            if _step_of(checkpoint) > _step_of(found):
+                _remove(checkpoint)
+
+    def _newest_valid(self, newest_step: int | None) -> Path | None:
         place = self.engine.place
         # Only the first rank lists the folder: a network file system may show the others an older one.
-        names: list[str] = self.engine.gather_objects([path.name for path in reversed(_committed(self.folder))])[0]
+        committed = [path for path in _committed(self.folder) if newest_step is None or _step_of(path) <= newest_step]
+        names: list[str] = self.engine.gather_objects([path.name for path in reversed(committed)])[0]
         for name in names:
             problems = self.engine.gather_objects(find_damage(self.folder / name, place.rank, place.world_size))
             damage = next((problem for problem in problems if problem is not None), None)

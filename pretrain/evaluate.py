@@ -102,8 +102,13 @@ class Evaluator:
         self._mask = config.data.document_mask
         self._token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
 
-    def run(self, engine: TrainingEngine, n_loops: int) -> Evaluation:
-        """Evaluate the engine's weights at ``n_loops``; collective, the same result on every rank."""
+    def run(
+        self, engine: TrainingEngine, n_loops: int, give_up: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Evaluate the engine's weights at ``n_loops``; collective, the same result on every rank.
+
+        ``give_up`` is asked before each batch and must answer the same on every rank; None when it said yes.
+        """
         tally = Tally(list(self._dataset.domains), self._token_bytes_V)
         place = engine.place
         engine.train(False)
@@ -111,6 +116,9 @@ class Evaluator:
             for batch in validation_batches(
                 self._sequences, self._batch_size, place.rank, place.world_size, self._limit, self._mask
             ):
+                if give_up():
+                    engine.train(True)
+                    return None
                 mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
                 tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops, **mask).logits)
         engine.train(True)

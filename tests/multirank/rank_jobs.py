@@ -324,3 +324,50 @@ def refusal_of_training(values: dict[str, Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return f"trained to status {status}"
+
+
+def train_with_faults(values: dict[str, Any], numbers: list[int], faults: dict[int, str]) -> Trace | None:
+    """Train on the batches ``numbers``; on the last rank, those in ``faults`` go wrong.
+
+    ``loss``: one micro-batch's loss is NaN; ``infinite_loss``: its loss is infinite and its gradients are not;
+    ``gradients``: the loss is finite and the gradients are NaN; ``expert``: one infinite number in the gradient of one
+    expert, which this rank alone holds where experts are spread. The first rank returns losses, norms and weights.
+    """
+    engine = start_engine(values)
+    on_this_rank = engine.place.rank == engine.place.world_size - 1
+    trace = Trace()
+    for number in numbers:
+        fault = faults.get(number) if on_this_rank else None
+        losses = []
+        with contextlib.ExitStack() as stack:
+            if fault == "expert":
+                name, parameter = next((n, p) for n, p in engine.model.named_parameters() if is_local_expert(n))
+                assert ".experts." in name
+                handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
+                stack.callback(handle.remove)
+            for position, (inputs, targets) in enumerate(micro_batches(engine, number)):
+                output = engine.forward(inputs, 2)
+                loss = training_objective(output, targets, engine.config).total
+                if position == 1 and fault == "loss":
+                    loss = loss * torch.nan
+                if position == 1 and fault == "infinite_loss":
+                    loss = loss + torch.inf
+                if position == 1 and fault == "gradients":
+                    output.logits.register_hook(lambda gradient: gradient * torch.nan)
+                engine.backward(loss)
+                losses.append(loss.item())
+            outcome = engine.step(engine.config.optim.lr)
+        load = engine.take_expert_load()
+        assert load is not None
+        if outcome.skipped:
+            trace.skipped.append(number)
+        else:
+            engine.balance_experts(load)
+            trace.losses.append(engine.sum_over_ranks([sum(losses)])[0])
+            trace.norms.append(outcome.grad_norm)
+    # Ranks that disagreed about a step would have other weights; gathered here, since shards would hide it.
+    skipped_by_rank = engine.gather_objects(trace.skipped)
+    assert all(skipped == trace.skipped for skipped in skipped_by_rank), skipped_by_rank
+    trace.weights = dict(engine.plain_weights())
+    end_engine(engine)
+    return trace if engine.place.is_first else None

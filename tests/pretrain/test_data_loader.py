@@ -187,7 +187,7 @@ def test_the_trainer_hands_document_ids_to_the_engine_only_when_there_are_any(
         def backward(self, loss: torch.Tensor) -> None: ...
 
         def step(self, lr: float) -> Any:
-            return SimpleNamespace(skipped=False, grad_norm=1.0)
+            return SimpleNamespace(skipped=False, scale_lowered=False, grad_norm=1.0)
 
         def take_expert_load(self) -> None: ...
 
@@ -202,9 +202,10 @@ def test_the_trainer_hands_document_ids_to_the_engine_only_when_there_are_any(
     sequences = TokenSequences(dataset, "train", 8, seed=0)
     for mask in (False, True):
         batches: Any = Prefetcher(BatchLoader(sequences, 4, 2, with_documents=mask), 100, 0, 1)
-        parts: Any = (None, batches, None, None, None, SimpleNamespace(received=None))
+        parts: Any = (None, batches, *[None] * 8)
         engine: Any = Engine()
         trainer = pretrain.trainer.Trainer(config, engine, *parts)
-        result = trainer._step(batches.step_batches(0), 1, 2, 0.1)
+        plan: Any = SimpleNamespace(step=1, loops=2, lr=0.1)
+        result = trainer._step(plan, batches.step_batches(0))
         assert result.data_wait_seconds == batches.waited_seconds > 0
     assert ["document_ids" in options for options in seen] == [False, False, True, True]
