@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -371,3 +373,67 @@ def train_with_faults(values: dict[str, Any], numbers: list[int], faults: dict[i
     trace.weights = dict(engine.plain_weights())
     end_engine(engine)
     return trace if engine.place.is_first else None
+
+
+class SimulatedCrashError(BaseException):
+    """Ends a run between two of its instructions, on every rank, without anything being saved."""
+
+
+def run_training(
+    values: dict[str, Any],
+    spike: tuple[int, int] | None = None,
+    crash_after: list[int] | None = None,
+    stop_after: list[int] | None = None,
+) -> list[int | str]:
+    """The training command as often as it takes to end: its statuses, or "crash".
+
+    ``spike``: the loss of steps that begin with these samples [first, end) is 50 nats higher. ``crash_after`` and
+    ``stop_after``: steps after whose logging the run crashes, or the last rank is asked to stop, one start each, the
+    crashes first.
+    """
+    import pretrain.trainer
+    from pretrain.data import Prefetcher
+    from pretrain.main import train as train_command
+    from pretrain.run_log import RunLog
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    place = discover_place()
+    plans = [("crash", step) for step in crash_after or []] + [("stop", step) for step in stop_after or []]
+    first_sample = 0
+    original_batches, original_step = Prefetcher.step_batches, RunLog.step
+
+    def step_batches(self: Prefetcher, next_sample: int, *arguments: Any, **keys: Any) -> Any:
+        nonlocal first_sample
+        first_sample = next_sample
+        return original_batches(self, next_sample, *arguments, **keys)
+
+    def objective(*arguments: Any) -> Any:
+        result = training_objective(*arguments)
+        if spike is None or not spike[0] <= first_sample < spike[1]:
+            return result
+        return result._replace(terms={**result.terms, "loss": result.terms["loss"] + 50.0})
+
+    statuses: list[int | str] = []
+    while True:
+        kind, at = plans.pop(0) if plans else ("", 0)
+
+        def step(self: RunLog, state: Any, *rest: Any, kind: str = kind, at: int = at) -> None:
+            original_step(self, state, *rest)
+            if state.step == at:
+                if kind == "crash":
+                    raise SimulatedCrashError
+                if place.rank == place.world_size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with (
+            mock.patch.object(TrainingEngine, "close", end_engine),
+            mock.patch.object(Prefetcher, "step_batches", step_batches),
+            mock.patch.object(pretrain.trainer, "training_objective", objective),
+            mock.patch.object(RunLog, "step", step),
+        ):
+            try:
+                statuses.append(train_command(config, place))
+            except SimulatedCrashError:
+                statuses.append("crash")
+        if statuses[-1] not in ("crash", 75) or len(statuses) > 8:
+            return statuses

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import rank_jobs
 import torch
 from rank_pool import RankPool
 from scenarios import settings
+from test_training import SAME, evaluation_lines, make_dataset, training_lines, write_config
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
@@ -36,3 +41,72 @@ def test_steps_with_numbers_that_are_not_finite_on_one_rank_never_were(
     assert got.norms == expected.norms
     for name, weight in expected.weights.items():
         assert torch.equal(got.weights[name], weight), name
+
+
+STEPS, BATCH = 20, 16
+SPIKE = (13 * BATCH, 17 * BATCH)  # the samples of steps 14 to 17
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("faults"), seed=1)
+
+
+def run_values(folder: Path, data: Path, name: str, **stability: Any) -> dict[str, Any]:
+    """A run of 20 steps that saves every 5 and evaluates every 10; no watchdog, since crashes are only simulated."""
+    values: dict[str, Any] = json.loads(write_config(folder, data, name).read_text())
+    values["schedule"]["steps"] = STEPS
+    # Nothing that costs time and shows nothing here: of the ideas, the sampled depth stays.
+    values["model"].update(aec=False, slu=False, msrd_scales=[1], lora_rank=0)
+    values["loop"] = {"distribution": "poisson", "mean_loops": 2, "max_loops": 3}
+    values["parallel"]["micro_batch_size"] = 8
+    values["watchdog"] = {"enabled": False}
+    values["stability"] = {"spike_window": 8, "spike_steps": 4, "rollback_margin_steps": 1, **stability}
+    return values
+
+
+def assert_same_steps(got: Path, expected: Path) -> None:
+    lines, wanted = training_lines(got), training_lines(expected)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, other in zip(lines, wanted, strict=True):
+        assert {key: line.get(key) for key in SAME} == {key: other.get(key) for key in SAME}
+    assert evaluation_lines(got) == evaluation_lines(expected)
+    last = f"checkpoints/step_{STEPS:08d}"
+    for name in ("biases.safetensors", "weights/model-00000.safetensors"):
+        assert (got / last / name).read_bytes() == (expected / last / name).read_bytes(), name
+
+
+def test_a_spike_rolls_back_and_leaves_its_samples_out_however_often_the_run_is_killed(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
+    def train(name: str, stability: dict[str, Any], **arguments: Any) -> tuple[Path, list[int | str]]:
+        values = run_values(tmp_path, data, name, **stability)
+        statuses = two_ranks.run(rank_jobs.run_training, timeout_seconds=400, values=values, **arguments)
+        assert statuses[0] == statuses[1]
+        return tmp_path / "runs" / name, statuses[0]
+
+    # Steps 14 to 17 are high, and 13 is the margin. The checkpoint of step 15 is from within the spike: back to 10.
+    spiked, statuses = train("spiked", {}, spike=SPIKE)
+    assert statuses == [0]
+    faults = [json.loads(line) for line in (spiked / "faults.jsonl").read_text().splitlines()]
+    assert [(fault["kind"], fault["step"], fault["to_step"]) for fault in faults] == [("roll_back", 17, 10)]
+    assert faults[0]["skipped_samples"] == [12 * BATCH, 17 * BATCH]
+    assert [line["rollbacks"] for line in training_lines(spiked)] == [0] * 10 + [1] * 10
+    assert training_lines(spiked)[-1]["next_sample"] == (STEPS + 5) * BATCH
+
+    by_hand, statuses = train("by_hand", {"skip_samples": [[12 * BATCH, 17 * BATCH]]})
+    assert statuses == [0]
+    assert_same_steps(by_hand, spiked)
+
+    # Killed in the spike, after the save within it; then after the roll-back, with nothing saved since; and asked to
+    # stop after the last step, before its evaluation.
+    killed, statuses = train("killed", {}, spike=SPIKE, crash_after=[16, 12], stop_after=[20])
+    assert statuses == ["crash", "crash", 75, 0]
+    assert_same_steps(killed, spiked)
+    assert [line["rollbacks"] for line in training_lines(killed)] == [0] * 10 + [1] * 10
+    assert (killed / "faults.jsonl").read_text().count("roll_back") == 2
+
+    # What does not end is given up.
+    hopeless, statuses = train("hopeless", {"max_rollbacks": 1}, spike=(SPIKE[0], 10**9))
+    assert statuses == [1]
+    assert training_lines(hopeless)[-1]["rollbacks"] == 1
