@@ -356,6 +356,13 @@ class WatchdogSection(Section):
             raise SettingError(
                 "silence_seconds", self.silence_seconds, f"below 3 heartbeats of {self.heartbeat_seconds:g} s"
             )
+        if self.floor_seconds < self.silence_seconds + 8 * self.heartbeat_seconds:
+            raise SettingError(
+                "floor_seconds",
+                self.floor_seconds,
+                f"a lost rank is noticed after silence_seconds = {self.silence_seconds:g}; must be 8 heartbeats more, "
+                "or it looks like a slow one",
+            )
         if self.floor_seconds > self.ceiling_seconds:
             raise SettingError("floor_seconds", self.floor_seconds, f"above ceiling_seconds = {self.ceiling_seconds:g}")
         return self

@@ -158,9 +158,12 @@ class Watchdog:
 
     def blame(self) -> None:
         """A collective failed here: if another rank is gone, this process ends with 75 and the call does not return."""
-        if self._alive and self._store is not None:
-            self._suspicious = True
-            time.sleep(self._short_silence() + 4 * self.section.heartbeat_seconds)
+        if not self._alive or self._store is None:
+            return
+        self._suspicious = True
+        time.sleep(2 * self._short_silence() + 4 * self.section.heartbeat_seconds)
+        while self._verdict is not None:
+            time.sleep(1)  # the judge is about to end this process
 
     def _short_silence(self) -> float:
         return min(self.section.silence_seconds, max(4 * self.section.heartbeat_seconds, 4.0))
@@ -251,14 +254,16 @@ class Watchdog:
         self._end(self._verdict or verdict)
 
     def _end(self, verdict: Verdict) -> None:
+        self._verdict = verdict
         with self._ended:
             faulthandler.cancel_dump_traceback_later()
-            announces = self.place.rank == (0 if verdict.rank != 0 or self.place.world_size == 1 else 1)
+            first_is_lost = verdict.kind == "silent_rank" and verdict.rank == 0
+            announces = self.place.rank == (1 if first_is_lost else 0)
             if verdict.kind == "failed":  # its rank has said why
                 os._exit(verdict.status)
             self._dump(verdict)
             where = self._gather_positions() if verdict.kind == "no_progress" else []
-            if announces or (verdict.kind == "no_progress" and self.place.is_first):
+            if announces:
                 lines = [f"error: {verdict.line()}; stacks of the ranks are in {self.folder}", *where]
                 print("\n".join(lines), file=sys.stderr, flush=True)
                 self.faults.add(
