@@ -29,6 +29,7 @@ class RunSection(Section):
     name: str = Field("ice", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = "runs"
     seed: int = Field(0, ge=0, lt=2**31)
+    preflight: bool = Field(True, description="make the cheap checks of launch/preflight.py when the run starts")
 
     @property
     def path(self) -> Path:

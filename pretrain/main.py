@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_pipeline.dataset.reader import Dataset, open_dataset
+from launch import preflight
 from launch.environment import Place, discover_place
 from launch.files import write_json_atomically
 from launch.settings import (
@@ -106,8 +107,12 @@ def train(config: TrainingConfig, place: Place) -> int:
     engine.barrier()
     me = f"rank {place.rank} on {hosts[place.rank]}"
     try:
+        if config.run.preflight:
+            _check_before(config, engine)
         return _train_watched(config, engine, dataset, sampler, held_out, stop, watchdog, faults, hosts)
     except AgreedError as refusal:
+        watchdog.leave()
+        engine.close()
         raise BadInputError(str(refusal)) from None
     except BadInputError as error:
         # Found by this rank alone (a damaged shard on one node): the others learn it from the watchdog.
@@ -126,7 +131,17 @@ def train(config: TrainingConfig, place: Place) -> int:
 
 
 class AgreedError(Exception):
-    """Bad input that every rank found alike; the run directory is untouched, and the ranks have parted."""
+    """Bad input that every rank found alike, before any step: they can part in order."""
+
+
+def _check_before(config: TrainingConfig, engine: TrainingEngine) -> None:
+    """The cheap part of the preflight: wrong input ends the run, a machine's fault is only said."""
+    findings = preflight.inspect(config, engine.place, engine.gather_objects)
+    for finding in findings:
+        if finding.wrong == "input":
+            raise AgreedError(f"preflight: {finding.check}: {finding.detail} (run.preflight = false ignores this)")
+        if finding.wrong == "machine" and engine.place.is_first:
+            print(f"preflight: {finding.check}: {finding.detail}", file=sys.stderr, flush=True)
 
 
 def _train_watched(
@@ -172,8 +187,6 @@ def _train_watched(
         end = guard.end_of(start.next_sample, config.schedule.steps - start.step)
         sampler.require_enough(end)
     except BadInputError as error:
-        watchdog.leave()
-        engine.close()
         raise AgreedError(str(error)) from None
     if place.is_first:
         run_path.mkdir(parents=True, exist_ok=True)

@@ -437,3 +437,27 @@ def run_training(
                 statuses.append("crash")
         if statuses[-1] not in ("crash", 75) or len(statuses) > 8:
             return statuses
+
+
+def preflight_with_a_slow_host(values: dict[str, Any], slow_rank: int) -> list[Any]:
+    """The thorough preflight where every rank is a host of its own, and one of them dawdles before each collective."""
+    import socket
+    import time
+
+    import torch.distributed as dist
+
+    from launch import preflight
+
+    config, place = parse_settings(TrainingConfig, values, "scenario"), discover_place()
+    _, gather = preflight.join(place)
+    original = dist.all_to_all_single
+
+    def dawdle(*arguments: Any, **keys: Any) -> Any:
+        time.sleep(0.3 if place.rank == slow_rank else 0)
+        return original(*arguments, **keys)
+
+    with (
+        mock.patch.object(socket, "gethostname", lambda: f"node{place.rank}"),
+        mock.patch.object(dist, "all_to_all_single", dawdle),
+    ):
+        return preflight.inspect(config, place, gather, hashes="all")

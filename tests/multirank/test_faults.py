@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,14 @@ def test_a_spike_rolls_back_and_leaves_its_samples_out_however_often_the_run_is_
     hopeless, statuses = train("hopeless", {"max_rollbacks": 1}, spike=(SPIKE[0], 10**9))
     assert statuses == [1]
     assert training_lines(hopeless)[-1]["rollbacks"] == 1
+
+
+def test_the_preflight_names_the_host_that_is_slow_with_both_neighbours(
+    pool_of: Callable[[int], RankPool], data: Path, tmp_path: Path
+) -> None:
+    values = run_values(tmp_path, data, "preflight")
+    for findings in pool_of(4).run(rank_jobs.preflight_with_a_slow_host, values=values, slow_rank=2):
+        by_check = {finding.check: finding for finding in findings}
+        assert list(by_check) == ["disk space", "data", "memory", "versions", "clocks", "links"]
+        assert by_check["links"].hosts == ("node2",)
+        assert [finding.check for finding in findings if finding.wrong] == ["links"]
