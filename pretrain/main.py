@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return dry_run(config, options.config, options.ranks)
     place = discover_place()
     check_topology(config, place.world_size, str(options.config))
+    faulthandler.enable()  # a shard cut short while it is mapped into memory ends a process by SIGBUS: say where
     return train(config, place)
 
 
@@ -87,7 +88,6 @@ def train(config: TrainingConfig, place: Place) -> int:
     from pretrain.stability import StabilityGuard
     from pretrain.watchdog import Watchdog, new_session
 
-    faulthandler.enable()  # a shard cut short while it is mapped into memory ends a process by SIGBUS: say where
     dataset = open_training_data(config)
     sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
     sampler.require_enough(StabilityGuard(config, {}).end_of(0, config.schedule.steps))
@@ -120,7 +120,7 @@ def train(config: TrainingConfig, place: Place) -> int:
         watchdog.fail(EXIT_BAD_INPUT, str(error))
         return EXIT_BAD_INPUT
     except (OSError, SlowDataError) as error:
-        print(f"error: {me}: {error}; the last checkpoint is untouched", file=sys.stderr, flush=True)
+        print(f"error: {me}: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         faults.add("storage", error=str(error))
         watchdog.fail(EXIT_FAILED, str(error))
         return EXIT_FAILED

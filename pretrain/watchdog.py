@@ -26,6 +26,7 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -102,6 +103,7 @@ class Watchdog:
         self._answered = time.monotonic()  # when the store last answered
         self._alive = True
         self._suspicious = False
+        self._failure = ""
         self._verdict: Verdict | None = None
         self._stop: StopRequest | None = None
         self._store: Any = None
@@ -160,6 +162,7 @@ class Watchdog:
         """A collective failed here: if another rank is gone, this process ends with 75 and the call does not return."""
         if not self._alive or self._store is None:
             return
+        self._failure = traceback.format_exc()
         self._suspicious = True
         time.sleep(2 * self._short_silence() + 4 * self.section.heartbeat_seconds)
         while self._verdict is not None:
@@ -282,6 +285,8 @@ class Watchdog:
                 file.write(f"{verdict.line()}\nthis is rank {self.place.rank} on {self.hosts[self.place.rank]}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+                if self._failure:  # the stack above is no longer that of the collective
+                    file.write(f"\nwhat the main thread was doing when its collective failed:\n{self._failure}")
         except OSError:  # a full or vanished run directory must not keep the process from ending
             faulthandler.dump_traceback(STDERR, all_threads=True)
 

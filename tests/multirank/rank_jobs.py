@@ -457,7 +457,55 @@ def preflight_with_a_slow_host(values: dict[str, Any], slow_rank: int) -> list[A
         return original(*arguments, **keys)
 
     with (
-        mock.patch.object(socket, "gethostname", lambda: f"node{place.rank}"),
+        mock.patch.object(socket, "gethostname", return_value=f"node{place.rank}"),
         mock.patch.object(dist, "all_to_all_single", dawdle),
     ):
         return preflight.inspect(config, place, gather, hashes="all")
+
+
+def run_with_storage_fault(values: dict[str, Any], fault: str) -> tuple[int | str, str]:
+    """The training command of a lone rank, and what it says on its error stream.
+
+    From the fourth step on: ``full_disk`` for the metrics, ``slow_read`` of a minute, or ``stopped_in_slow_read``.
+    """
+    import io
+    import threading
+    import time
+
+    import pretrain.main
+    from pretrain.data import BatchLoader
+    from pretrain.metrics import MetricsFile
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    original_read, original_append = BatchLoader.step_batches, MetricsFile.append
+    released = threading.Event()
+    fourth = 3 * config.data.global_batch_size
+
+    def read(self: BatchLoader, next_sample: int) -> Any:
+        if fault != "full_disk" and next_sample >= fourth:
+            if fault == "stopped_in_slow_read":
+                threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            released.wait(60)
+        return original_read(self, next_sample)
+
+    def append(self: MetricsFile, line: dict[str, Any]) -> None:
+        if fault == "full_disk" and line["step"] == 4:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        original_append(self, line)
+
+    said = io.StringIO()
+    started = time.monotonic()
+    with (
+        mock.patch.object(BatchLoader, "step_batches", read),
+        mock.patch.object(MetricsFile, "append", append),
+        mock.patch.object(TrainingEngine, "close", end_engine),
+        mock.patch.object(pretrain.main.os, "_exit", side_effect=SystemExit) as ended,
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            status: int | str = pretrain.main.train(config, discover_place())
+        except SystemExit:
+            status = f"ended with {ended.call_args.args[0]}"
+    assert time.monotonic() - started < 55, "waited for the read after all"
+    released.set()
+    return status, said.getvalue()

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +19,9 @@ import rank_jobs
 import torch
 from rank_pool import RankPool
 from scenarios import settings
-from test_training import SAME, evaluation_lines, make_dataset, training_lines, write_config
+from test_training import SAME, committed, evaluation_lines, make_dataset, training_lines, write_config
+
+from pretrain.checkpoint import find_damage
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
@@ -122,3 +131,91 @@ def test_the_preflight_names_the_host_that_is_slow_with_both_neighbours(
         assert list(by_check) == ["disk space", "data", "memory", "versions", "clocks", "links"]
         assert by_check["links"].hosts == ("node2",)
         assert [finding.check for finding in findings if finding.wrong] == ["links"]
+
+
+class Ranks:
+    """Both ranks of the training command, started as a cluster's scheduler does, each with a status of its own."""
+
+    def __init__(self, root: Path, config: Path, *arguments: str) -> None:
+        port = random.SystemRandom().randrange(20000, 30000)
+        self.logs = [config.with_suffix(f".{time.monotonic_ns()}.{rank}.log") for rank in range(2)]
+        self.processes = []
+        for rank in range(2):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_SIZE": 2, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in place.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+            command = [sys.executable, "pretrain/main.py", "--config", str(config), *arguments]
+            with self.logs[rank].open("wb") as log:
+                ours = {**os.environ, **environment}
+                self.processes.append(subprocess.Popen(command, cwd=root, env=ours, stdout=log, stderr=log))
+
+    def wait_for_step(self, run: Path, step: int) -> None:
+        deadline = time.monotonic() + 300
+        while not any(line["step"] >= step for line in training_lines(run)):
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                pytest.fail(f"step {step} was not reached:\n{self.output()}")
+            time.sleep(0.01)
+
+    def end(self) -> list[int]:
+        """The statuses, by rank."""
+        try:
+            return [process.wait(300) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(self.output())
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def output(self) -> str:
+        return "".join(log.read_text()[-6000:] for log in self.logs)
+
+
+def test_a_run_that_loses_its_first_rank_ends_resumably_and_goes_on_to_the_bit(
+    two_ranks: RankPool, data: Path, tmp_path: Path, repository_root: Path
+) -> None:
+    values = run_values(tmp_path, data, "lost")
+    values["watchdog"] = {"silence_seconds": 8, "floor_seconds": 100}
+    config, run = tmp_path / "lost.json", tmp_path / "runs" / "lost"
+    config.write_text(json.dumps(values))
+    ranks = Ranks(repository_root, config)
+    ranks.wait_for_step(run, 6)
+    ranks.processes[0].kill()
+    assert ranks.end() == [-signal.SIGKILL, 75], ranks.output()
+    (entry,) = [json.loads(line) for line in (run / "faults.jsonl").read_text().splitlines()]
+    assert (entry["kind"], entry["of_rank"], entry["rank"]) == ("silent_rank", 0, 1)
+    (stacks,) = run.glob("stacks/*/rank_00001.txt")
+    assert "trainer.py" in stacks.read_text()
+
+    ranks = Ranks(repository_root, config)
+    assert ranks.end() == [0, 0], ranks.output()
+    values["run"]["name"] = "undisturbed"
+    assert two_ranks.run(rank_jobs.run_training, timeout_seconds=400, values=values) == [[0], [0]]
+    assert_same_steps(run, tmp_path / "runs" / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        ("full_disk", 1, "[Errno 28] No space left on device: 'metrics.jsonl'; the same command goes on from the last"),
+        ("slow_read", 1, "samples 48 to 63 were not read in 4 s (data.read_timeout_seconds)"),
+        ("stopped_in_slow_read", "ended with 75", ""),
+    ],
+)
+def test_storage_that_fails_is_named_in_one_line_and_hurts_no_checkpoint(
+    pool_of: Callable[[int], RankPool], data: Path, tmp_path: Path, fault: str, status: int | str, said: str
+) -> None:
+    values = run_values(tmp_path, data, fault)
+    values["parallel"]["expert_parallel_size"] = 1
+    values["data"]["read_timeout_seconds"] = 600 if fault == "stopped_in_slow_read" else 4
+    values["checkpoint"]["every"] = 2
+    ((got, output),) = pool_of(1).run(rank_jobs.run_with_storage_fault, values=values, fault=fault)
+    assert got == status
+    if said:
+        (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+        assert line.startswith(f"error: rank 0 on {socket.gethostname()}: ")
+        assert said in line
+    # A stopped run saves the step that it has; the others leave what was saved before.
+    last = 3 if fault == "stopped_in_slow_read" else 2
+    run = tmp_path / "runs" / fault
+    assert committed(run)[-1] == last
+    assert find_damage(run / "checkpoints" / f"step_{last:08d}") is None
