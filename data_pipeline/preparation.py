@@ -16,10 +16,11 @@ from data_pipeline.config import DataSettings, TokenizerSettings
 from data_pipeline.dedup.evaluation_sets import check_evaluation_sets
 from data_pipeline.dedup.index import check_index_target, open_indices
 from data_pipeline.dedup.procedure import Indexing
+from data_pipeline.disk_full import said_in_one_line
 from data_pipeline.execution.executors import Executor
 from data_pipeline.execution.progress import Reporter
 from data_pipeline.execution.stages import Finished, Stage, StageRunner, digest_of
-from data_pipeline.execution.tally import Tally, add_to_tally, tally_sum
+from data_pipeline.execution.tally import tally_by, tally_sum
 from data_pipeline.inputs.file_tables import FileTable, describe_files, find_files
 from data_pipeline.inputs.readers import stage_files
 from data_pipeline.split import SPLITS
@@ -122,7 +123,8 @@ class Preparation:
         dedup = self.settings.dedup
         if dedup.index is not None:
             parts = {kind: stage.folder / "index" / kind for kind, stage in stages.items()}
-            new = write_index(Path(dedup.index), self.settings.name, dedup, parts)
+            with said_in_one_line(Path(dedup.index)):
+                new = write_index(Path(dedup.index), self.settings.name, dedup, parts)
             self.runner.reporter.line("index", dedup.index if new else "already done")
 
     def _indexing(self, kind: str) -> Indexing:
@@ -178,13 +180,13 @@ class Preparation:
         """Tokens of both splits, and the validation texts for evaluation."""
         from data_pipeline.dataset.merge import MergeShards, plan_shards
         from data_pipeline.dataset.publish import write_validation_documents
-        from data_pipeline.dataset.shards import MAX_DOMAINS
+        from data_pipeline.dataset.shards import MAX_DOMAINS, written_hashes
         from data_pipeline.dataset.tokenise import tokenise_pipeline
         from data_pipeline.tokenizer.engine import choose_engine
         from data_pipeline.tokenizer.interface import load_tokenizer
         from data_pipeline.tokenizer.self_check import adversarial_texts, sample_texts
 
-        settings, domains = self.settings, sorted(before.tally("kept"))
+        settings, domains = self.settings, sorted(tally_by(before.tally("kept"), 0))
         if len(domains) > MAX_DOMAINS:
             raise BadInputError(f"the documents have {len(domains)} domains, at most {MAX_DOMAINS} can be kept")
         model = tokenizer_file(tokenizer)
@@ -208,10 +210,14 @@ class Preparation:
             size = write_validation_documents(stage_files(before.folder / "validation"), folder / "documents.jsonl.gz")
             write_json_atomically(folder / "gzip9.json", size)
 
+        def hashes(folder: Path) -> dict[str, str]:
+            return {f"{name}/{file}": value for name in SPLITS for file, value in written_hashes(folder / name).items()}
+
         inputs = {before.folder.name.split("-")[0]: before.digest, "tokenizer": tokenizer.digest}
         section = [settings.shards.model_dump(), loaded.library, loaded.end_id, domains]
         input_bytes = tally_sum(before.tally("kept"))["bytes"]
-        return self.runner.run(Stage("shards", section, inputs, build, ("validation", "train"), input_bytes))
+        watch = ("validation", "train")
+        return self.runner.run(Stage("shards", section, inputs, build, watch, input_bytes, hashes))
 
     def _after(self, before: Finished, name: str, section: Any, build: Any, watch: Sequence[str] = ()) -> Finished:
         kept = tally_sum(before.tally("kept"))
@@ -241,8 +247,9 @@ def check_given_tokenizer(settings: TokenizerSettings, reporter: Reporter) -> No
 def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> Path:
     """Run every stage that is needed and publish the data set; returns its folder."""
     from data_pipeline.dataset.publish import build_manifest, is_published, publish
+    from data_pipeline.report.account import make_report
     from data_pipeline.report.content import collect
-    from data_pipeline.report.page import write_report
+    from data_pipeline.report.page import render_page
 
     check_given_tokenizer(settings.tokenizer, reporter)
     if settings.dedup.index is not None:
@@ -256,7 +263,7 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         runner = StageRunner(output / ".stages", reporter)
     except OSError as error:
         raise BadInputError(f"output = {settings.output!r}: cannot be created ({error.strerror})") from None
-    with runner.lock():
+    with said_in_one_line(output), runner.lock():
         run = Preparation(settings, executor, runner)
         documents = cleaned = run.clean(tables)
         removals: dict[str, Finished] = {}
@@ -272,7 +279,7 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         split = run.split(documents)
         tokenizer = run.tokenizer(split)
         shards = run.shards(split, tokenizer)
-        domains = sorted(split.tally("kept"))
+        domains = sorted(tally_by(split.tally("kept"), 0))
         left_out: dict[str, Any] = {"name": True, "output": True, "execution": True, "tokenizer": {"engine"}}
         left_out["dedup"] = {"index"}
         table = cleaned.folder / "files.json"
@@ -288,13 +295,14 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
         if is_published(manifest, places, output):
             reporter.line("publish", "already done")
         else:
-            report = make_report(cleaned, list(removals.values()), split, shards)
-            publish(manifest, places, report, output)
+            names = [table.name for table in tables]
+            report = make_report(cleaned, list(removals.values()), split, shards, names)
             tokens = {
                 name: {domain: entry.tokens for domain, entry in getattr(manifest, name).by_domain.items()}
                 for name in SPLITS
             }
-            write_report(collect(settings.name, cleaned, list(removals.values()), report, tokens), output)
+            page = render_page(collect(settings.name, cleaned, list(removals.values()), report, tokens))
+            publish(manifest, places, report, output, page)
             provenance = "" if manifest.sources else "; documents' provenance was not kept"
             reporter.line("publish", f"manifest {manifest.fingerprint[:16]}{provenance}")
         run.write_index(keys)
@@ -306,31 +314,3 @@ def prepare(settings: DataSettings, executor: Executor, reporter: Reporter) -> P
     bits = 8 * manifest.validation_documents.gzip9_bytes / manifest.validation.total.utf8_bytes
     reporter.line("ready", f"{output}: vocabulary {manifest.vocab_size}; gzip -9 of validation: {bits:.3f} bits a byte")
     return output
-
-
-def make_report(cleaned: Finished, removals: Sequence[Finished], split: Finished, shards: Finished) -> dict[str, Any]:
-    """Every document accounted for: read = quarantined + dropped (both by reason and domain) + train + validation."""
-    from data_pipeline.dedup.decontamination import read_summary
-
-    dropped: dict[str, Tally] = {}
-    quarantined: dict[str, Tally] = {}
-    read = cleaned.tally("read")
-    for key, counts in cleaned.tally("quarantined").items():
-        reason, domain = key.split("\t")
-        add_to_tally(quarantined.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
-        add_to_tally(read, domain, counts["bytes"], counts["documents"])
-    decontamination: dict[str, dict[str, int]] = {}
-    for stage in (cleaned, *removals):
-        decontamination |= read_summary(stage.folder)
-        for folder in sorted((stage.folder / "tallies").glob("dropped*")):
-            for key, counts in stage.tally(folder.name).items():
-                reason, domain = key.split("\t")
-                add_to_tally(dropped.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
-    return {
-        "read": read,
-        "quarantined": quarantined,
-        "dropped": dropped,
-        "decontamination": decontamination,
-        "kept": split.tally("kept"),
-        **{name: shards.tally(name) for name in SPLITS},
-    }

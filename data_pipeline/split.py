@@ -13,11 +13,11 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.config import SplitSettings
+from data_pipeline.execution.document_files import StageWriter
 from data_pipeline.execution.tally import CountDocuments
-from data_pipeline.inputs.readers import DOCUMENTS_SUFFIX, DocumentReader, InputFile
+from data_pipeline.inputs.readers import DocumentReader, InputFile
 
 SPLITS = ("train", "validation")
 
@@ -57,5 +57,5 @@ def split_pipeline(files: Sequence[InputFile], settings: SplitSettings, folder: 
         DocumentReader(files),
         CountDocuments(folder / "tallies" / "kept"),
         AssignSplit(settings),
-        JsonlWriter(str(folder), output_filename="${split}/${rank}" + DOCUMENTS_SUFFIX, compression="zstd"),
+        StageWriter(folder, "${split}/${rank}"),
     ]

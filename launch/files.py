@@ -41,9 +41,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     fsync_path(path.parent)
 
 
+def as_json(value: Any) -> bytes:
+    """``value`` as people read it: indented JSON with sorted keys, which is the same bytes for the same value."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
-    """``write_atomically`` of ``value`` as indented JSON with sorted keys."""
-    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    """``write_atomically`` of :func:`as_json`."""
+    write_atomically(path, as_json(value))
 
 
 def path_inside(folder: Path, name: str) -> Path:

@@ -96,7 +96,7 @@ def kept_checkpoints(config: TrainingConfig) -> int:
     """The most that lie on disk at once: what the retention keeps at the end of the run, and the one being written."""
     section = config.checkpoint
     for_ever = 0 if section.keep_every is None else config.schedule.steps // section.keep_every
-    return section.keep_last + for_ever + getattr(section, "keep_best", 0) + 1
+    return section.keep_last + for_ever + (section.keep_best or 0) + 1
 
 
 def existing_parent(path: Path) -> Path:

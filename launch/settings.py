@@ -22,6 +22,9 @@ EXIT_FAILED = 1
 EXIT_PREEMPTED = 75
 EXIT_BAD_INPUT = 78
 
+# Where launchers leave a process's rank: deepspeed, torchrun and our Slurm scripts, Open MPI, PMIx, MPICH.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
@@ -181,7 +184,8 @@ def exit_with_status(main: Callable[[], int]) -> NoReturn:
     except SystemExit as error:
         status = EXIT_BAD_INPUT if error.code == 2 else error.code
     except BadInputError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake; one line is enough
+        ranks = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+        if ranks[:1] in ([], ["0"]):  # every rank finds the same mistake; one line is enough
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT
     sys.exit(status)

@@ -51,6 +51,8 @@ class DepthPlan:
         sequence_loops_B: Depth of each sequence, int64; values above T mean T. None: T for all.
         read_loops: Depths whose states are wanted too, each between 1 and T.
         controller: Ends tokens early; a token's state no longer changes once it has ended.
+        noise_keys_B: What the random initial state of each sequence is made from, int64; None: drawn from torch's
+            generator.
     """
 
     n_loops: int
@@ -58,6 +60,7 @@ class DepthPlan:
     sequence_loops_B: torch.Tensor | None = None
     read_loops: tuple[int, ...] = ()
     controller: DepthController | None = None
+    noise_keys_B: torch.Tensor | None = None
 
     def at_scale(self, scale: int) -> DepthPlan:
         """The plan of the core of ``scale`` (MSRD): every depth d becomes ``max(1, ceil(d / scale))``."""

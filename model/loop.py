@@ -28,6 +28,7 @@ from model.config import IceConfig
 from model.depth import DepthPlan
 from model.expert_load import ExpertLoad
 from model.halting import Halting, closed
+from model.initial_noise import normal_noise
 from model.injection import StableInjection
 from model.lora import GatedDepthLoRA
 from model.moe import MoELayer
@@ -89,7 +90,7 @@ class LoopedCore(nn.Module):
         """Run ``plan.n_loops`` loops from the encoded input ``e``, the normalised output of the prelude."""
         decay, drive = self.injection()
         decay_D, drive_BSD = decay.to(e_BSD.dtype), drive.to(e_BSD.dtype) * e_BSD
-        h_BSD = self._initial_state(e_BSD)
+        h_BSD = self._initial_state(e_BSD, plan.noise_keys_B)
         inputs = (e_BSD, decay_D, drive_BSD, context)
         carries = tuple(BlockCarry() for _ in self.blocks)
         halting = None if self.halting is None else self.halting.start(h_BSD)
@@ -213,7 +214,7 @@ class LoopedCore(nn.Module):
         ]
         return torch.stack(shares).mean() if shares else torch.ones_like(like)
 
-    def _initial_state(self, e_BSD: torch.Tensor) -> torch.Tensor:
+    def _initial_state(self, e_BSD: torch.Tensor, noise_keys_B: torch.Tensor | None) -> torch.Tensor:
         match self.config.initial_state:
             case "input":
                 return e_BSD
@@ -222,7 +223,11 @@ class LoopedCore(nn.Module):
             case "random":
                 # Drawn here, outside what is checkpointed. Zero, its mean, when not training: a decoded token must
                 # see the state its full forward would.
-                return RANDOM_STATE_STD * torch.randn_like(e_BSD) if self.training else torch.zeros_like(e_BSD)
+                if not self.training:
+                    return torch.zeros_like(e_BSD)
+                if noise_keys_B is None:
+                    return RANDOM_STATE_STD * torch.randn_like(e_BSD)
+                return RANDOM_STATE_STD * normal_noise(noise_keys_B, *e_BSD.shape[1:]).to(e_BSD.dtype)
 
 
 @torch.no_grad()

@@ -118,6 +118,7 @@ class IceModel(nn.Module):
         cache: Cache | None = ...,
         padding: torch.Tensor | None = ...,
         document_ids: torch.Tensor | None = ...,
+        noise_keys: torch.Tensor | None = ...,
         read_loops: tuple[int, ...] = ...,
         probe_loop: int | None = ...,
         controller: DepthController | None = ...,
@@ -136,6 +137,7 @@ class IceModel(nn.Module):
         cache: Cache | None = ...,
         padding: torch.Tensor | None = ...,
         document_ids: torch.Tensor | None = ...,
+        noise_keys: torch.Tensor | None = ...,
         read_loops: tuple[int, ...] = ...,
         probe_loop: int | None = ...,
         controller: DepthController | None = ...,
@@ -153,6 +155,7 @@ class IceModel(nn.Module):
         cache: Cache | None = None,
         padding: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        noise_keys: torch.Tensor | None = None,
         read_loops: tuple[int, ...] = (),
         probe_loop: int | None = None,
         controller: DepthController | None = None,
@@ -171,6 +174,9 @@ class IceModel(nn.Module):
             document_ids: (B, S) int64, which document each token belongs to where several are packed into a row: no
                 token attends to another document's. Rotary positions are relative, so each document gets what it would
                 alone. None: each row is one.
+            noise_keys: (B,) int64, what each sequence's random initial state is made from in training (with
+                ``initial_state="random"``), such as the sample's number: it then has the same state on any ranks.
+                None: torch's generator.
             read_loops: Depths, each at most ``n_loops``, whose states and logits the output holds too.
             probe_loop: Depth below ``n_loops`` at which the depth heads are compared with the loss; needs ``slu``.
             controller: Ends tokens before ``n_loops`` while decoding.
@@ -196,7 +202,7 @@ class IceModel(nn.Module):
         rope = rope_tables(self.config, start, length, input_ids.device)
         context = SequenceContext(rope, cache, padding, document_ids)
         inner_reads = read_loops if probe_loop is None else (*read_loops, probe_loop, probe_loop + 1)
-        plan = DepthPlan(n_loops, grad_loops, sequence_loops, inner_reads, controller)
+        plan = DepthPlan(n_loops, grad_loops, sequence_loops, inner_reads, controller, noise_keys)
 
         x_BSD = self._run_once("prelude", self.prelude, self.embed(input_ids), context)
         e_BSD = self.prelude_norm(x_BSD)

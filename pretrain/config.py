@@ -110,6 +110,9 @@ class DataSection(Section):
         "concatenate", description="cut the stream anywhere, or keep documents whole and pad"
     )
     document_mask: bool = Field(False, description="attention stays inside a document")
+    cache: str | None = Field(
+        None, description="folder for best_fit's table of a large data set; null is .cache in the data set"
+    )
     prefetch_workers: int = Field(2, ge=0, description="threads that read ahead; 0 reads when a step begins")
     prefetch_steps: int = Field(2, ge=1, description="steps that are read ahead")
     read_timeout_seconds: float = Field(900, gt=0, description="a step whose data takes longer ends the run, resumable")
@@ -306,6 +309,15 @@ class CheckpointSection(Section):
     every: int = Field(500, ge=1, description="steps")
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1, description="steps that are multiples are kept for ever")
+    keep_best: int | None = Field(
+        None, ge=1, description="how many of those at an evaluated step are kept for ever, by validation bits a byte"
+    )
+    asynchronous: bool = Field(
+        True, description="training waits for a copy in host memory only; the writing goes on behind it"
+    )
+    verify_writes: bool = Field(True, description="read every file back before the checkpoint counts as one")
+    write_timeout_seconds: float = Field(1800, gt=0, description="a write that takes longer has failed")
+    max_failed_saves: int = Field(3, ge=1, description="saves that may fail in a row before the run stops, status 1")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from the newest valid checkpoint; never refuses a used run directory"
     )

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
 from pretrain.config import TrainingConfig
+from pretrain.universal_format import mended
 
 
 class StepOutcome(NamedTuple):
@@ -173,7 +174,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _restrict_unpickling() -> None:
+def restrict_unpickling() -> None:
     """DeepSpeed unpickles its own files: make torch.load refuse all but tensors, plain containers, and these classes.
 
     They are what a checkpoint of any ZeRO stage holds besides, by ``get_unsafe_globals_in_checkpoint``: data only,
@@ -185,6 +186,32 @@ def _restrict_unpickling() -> None:
 
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
+def _state_capture(folder: Path, copy: Callable[[Any], Any] | None) -> Any:
+    """A checkpoint engine for DeepSpeed that writes nothing: it keeps what it is asked to save.
+
+    DeepSpeed's own asynchronous one (``decoupled``) hands live tensors to a process and waits for it before the next
+    optimizer step; torch's (``distributed.checkpoint.async_save``) writes files that DeepSpeed cannot load.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class StateCapture(TorchCheckpointEngine):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.captured: dict[str, Any] = {}
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            """No folder is needed."""
+
+        def save(self, state_dict: Any, path: str) -> None:
+            self.captured[str(Path(path).relative_to(folder))] = state_dict if copy is None else copy(state_dict)
+
+        def preserves_storage_sharing(self) -> bool:
+            """Whether DeepSpeed must clone tensors to cut them loose from a larger storage; a copy is."""
+            return copy is None
+
+    return StateCapture()
 
 
 def _forget_empty_step(optimizer: Any) -> None:
@@ -226,7 +253,7 @@ class TrainingEngine:
         from deepspeed.accelerator import get_accelerator
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        _restrict_unpickling()
+        restrict_unpickling()
         prepare_rendezvous(place)
         accelerator = get_accelerator()
         self.config = config
@@ -252,6 +279,8 @@ class TrainingEngine:
         )
         if self.precision.name != "fp32" and config.parallel.zero_stage == 0:
             _forget_empty_step(self._engine.optimizer)
+        # It would write scripts beside a checkpoint, at once; they refuse checkpoints with AutoEP anyway.
+        self._engine._copy_recovery_script = lambda save_path: None
         self.model: IceModel = self._engine.module
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
@@ -346,15 +375,37 @@ class TrainingEngine:
             for layer in routed_layers(self.model)
         }
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of weights and optimizer into ``folder/tag``."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def snapshot(self, folder: Path, tag: str, copy: Callable[[Any], Any] | None) -> dict[str, Any]:
+        """What this rank would save in ``folder/tag``: objects for ``torch.save`` by their path below ``folder``.
+
+        Each is what ``copy`` makes of DeepSpeed's live state; without ``copy`` it is that state, and good until the
+        next step. Nothing is written, but for optimizer states on NVMe, whose files DeepSpeed copies below ``folder``
+        at once.
+        """
+        capture = _state_capture(folder, copy)
+        stock, self._engine.checkpoint_engine = self._engine.checkpoint_engine, capture
+        try:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = stock
+        captured: dict[str, Any] = capture.captured
+        return captured
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read what ``save`` wrote, on the same topology."""
+        """Read from ``folder/tag`` what ``snapshot`` gave, on the same topology."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise RuntimeError(f"{folder / tag}: the engine found no checkpoint there")
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Read from ``folder/tag`` what ``universal_format.write_universal`` made, on any topology."""
+        settings = self._engine._config
+        settings.load_universal_checkpoint = True
+        try:
+            with mended(self._engine.optimizer.optimizer):
+                self.load(folder, tag)
+        finally:
+            settings.load_universal_checkpoint = False
 
     def plain_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights under the plain model's names, one at a time: tensors on the first rank's host memory.

@@ -1,4 +1,4 @@
-"""Held-out bits per byte: by domain, and by loop depth.
+"""Held-out bits per byte: by domain, by source of a mixture, and by loop depth.
 
 ``bits per byte = sum of token losses / ln 2 / bytes of UTF-8 text``: comparable across tokenizers, and with a
 compressor. Every target counts, the end-of-document ones too, which stand for no byte.
@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,7 +32,7 @@ from launch.settings import exit_with_status
 from model import IceModel
 from model.loop_gain import measured_gain
 from pretrain.config import TrainingConfig
-from pretrain.data import Batch, TokenSequences, validation_batches
+from pretrain.data import Batch, HeldOut, held_out_sets, validation_batches
 from pretrain.engine import TrainingEngine
 from pretrain.loaded_run import load_run
 from pretrain.losses import IGNORED_TARGET, token_losses
@@ -39,14 +40,24 @@ from pretrain.plots import plot_depth_sweep
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Losses over a set of held-out sequences."""
+class Losses:
+    """Losses over some held-out text."""
 
     bits_per_byte: float
     nats_per_token: float
     tokens: int
     text_bytes: int
     bits_per_byte_by_domain: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation(Losses):
+    """Losses over held-out sequences of the data set of ``data.path``, and of each source of a mixture.
+
+    ``by_source`` is empty for a run on one data set: there it would say the same again.
+    """
+
+    by_source: dict[str, Losses] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ class LoopDynamics:
 class Tally:
     """Sums of losses, tokens and bytes by domain; addable over ranks."""
 
-    def __init__(self, domains: list[str], token_bytes_V: Tensor) -> None:
-        self._domains, self._token_bytes_V = domains, token_bytes_V
+    def __init__(self, domains: Sequence[str], token_bytes_V: Tensor) -> None:
+        self._domains, self._token_bytes_V = tuple(domains), token_bytes_V
         self._sums = torch.zeros(3, len(domains), dtype=torch.float64)
 
     def add(self, batch: Batch, logits_BSV: Tensor) -> None:
@@ -78,29 +89,51 @@ class Tally:
         """The sums, flat, for a reduction over ranks."""
         return self._sums.flatten().tolist()
 
-    def result(self, summed: list[float] | None = None) -> Evaluation:
-        """The evaluation, from these sums or from ``summed`` ones."""
+    def result(self, summed: Sequence[float] | None = None, domains: Collection[str] | None = None) -> Losses:
+        """The losses from these sums or from ``summed`` ones, over all domains or over some."""
         sums = self._sums if summed is None else torch.tensor(summed, dtype=torch.float64).view_as(self._sums)
-        losses, tokens, bytes_ = (row.sum().item() for row in sums)
+        wanted = [number for number, name in enumerate(self._domains) if domains is None or name in domains]
+        losses, tokens, bytes_ = (row[wanted].sum().item() for row in sums)
         by_domain = {
-            name: loss / math.log(2) / max(count, 1.0)
-            for name, loss, count in zip(self._domains, sums[0].tolist(), sums[2].tolist(), strict=True)
-            if count > 0
+            self._domains[number]: float(sums[0, number]) / math.log(2) / max(float(sums[2, number]), 1.0)
+            for number in wanted
+            if sums[2, number] > 0
         }
-        return Evaluation(
+        return Losses(
             losses / math.log(2) / max(bytes_, 1.0), losses / max(tokens, 1.0), int(tokens), int(bytes_), by_domain
         )
 
 
-class Evaluator:
-    """Evaluation inside training: the same held-out sequences every time, spread over the ranks."""
+def combine(held_out: Sequence[HeldOut], tallies: Sequence[Tally], summed: Sequence[float] | None = None) -> Evaluation:
+    """The evaluation of data sets, the main one first, from their tallies or the tallies' ``summed`` values in a row.
 
-    def __init__(self, config: TrainingConfig, dataset: Dataset, sequences: TokenSequences) -> None:
-        self._dataset, self._sequences = dataset, sequences
+    A source of which the evaluated sequences hold nothing is left out.
+    """
+    rest = iter(summed if summed is not None else [value for tally in tallies for value in tally.values()])
+    parts = [list(islice(rest, len(tally.values()))) for tally in tallies]
+    by_source = {
+        name: losses
+        for entry, tally, part in zip(held_out, tallies, parts, strict=True)
+        for name, domains in entry.sources.items()
+        if (losses := tally.result(part, domains)).tokens
+    }
+    is_mixture = [domains for entry in held_out for domains in entry.sources.values()] != [None]
+    return Evaluation(**vars(tallies[0].result(parts[0])), by_source=by_source if is_mixture else {})
+
+
+class Evaluator:
+    """Evaluation inside training: the same held-out sequences every time, spread over the ranks.
+
+    ``eval.sequences`` is a limit for each data set.
+    """
+
+    def __init__(self, config: TrainingConfig, held_out: Sequence[HeldOut]) -> None:
+        self._held_out = held_out
         self._batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
         self._limit = config.eval.sequences
         self._mask = config.data.document_mask
-        self._token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
+        # All data sets of a run have one tokenizer.
+        self._token_bytes_V = torch.from_numpy(held_out[0].dataset.tokenizer.byte_lengths())
 
     def run(
         self, engine: TrainingEngine, n_loops: int, give_up: Callable[[], bool] = lambda: False
@@ -109,31 +142,33 @@ class Evaluator:
 
         ``give_up`` is asked before each batch and must answer the same on every rank; None when it said yes.
         """
-        tally = Tally(list(self._dataset.domains), self._token_bytes_V)
+        tallies = [Tally(entry.dataset.domains, self._token_bytes_V) for entry in self._held_out]
         place = engine.place
         engine.train(False)
         with torch.no_grad():
-            for batch in validation_batches(
-                self._sequences, self._batch_size, place.rank, place.world_size, self._limit, self._mask
-            ):
-                if give_up():
-                    engine.train(True)
-                    return None
-                mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
-                tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops, **mask).logits)
+            for entry, tally in zip(self._held_out, tallies, strict=True):
+                for batch in validation_batches(
+                    entry, self._batch_size, place.rank, place.world_size, self._limit, self._mask
+                ):
+                    if give_up():
+                        engine.train(True)
+                        return None
+                    mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
+                    tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops, **mask).logits)
         engine.train(True)
-        return tally.result(engine.sum_over_ranks(tally.values()))
+        summed = engine.sum_over_ranks([value for tally in tallies for value in tally.values()])
+        return combine(self._held_out, tallies, summed)
 
 
-def evaluate_plain(
-    forward: Callable[[Batch], Tensor], batches: Iterable[Batch], domains: list[str], token_bytes_V: Tensor
-) -> Evaluation:
+def tally_plain(
+    forward: Callable[[Batch], Tensor], batches: Iterable[Batch], domains: Sequence[str], token_bytes_V: Tensor
+) -> Tally:
     """Evaluate ``forward`` (a batch to logits) in this process alone."""
     tally = Tally(domains, token_bytes_V)
     with torch.no_grad():
         for batch in batches:
             tally.add(batch, forward(batch))
-    return tally.result()
+    return tally
 
 
 def gzip9_bits_per_byte(dataset: Dataset) -> float:
@@ -176,14 +211,16 @@ def main(arguments: list[str] | None = None) -> int:
     results, dynamics = evaluate_run(options.run, options.loops, options.sequences)
     console = Console()
     table = Table(title=f"held-out bits per byte of {options.run}")
-    domains = list(next(iter(results.values())).bits_per_byte_by_domain)
-    for column in ("loops", "all", *domains, "residual", "gain"):
+    any_result = next(iter(results.values()))
+    domains, sources = list(any_result.bits_per_byte_by_domain), list(any_result.by_source)
+    for column in ("loops", "all", *domains, *(f"source {name}" for name in sources), "residual", "gain"):
         table.add_column(column, justify="right")
     for depth, result in results.items():
         table.add_row(
             str(depth),
             f"{result.bits_per_byte:.4f}",
             *(f"{result.bits_per_byte_by_domain[domain]:.4f}" for domain in domains),
+            *(f"{result.by_source[name].bits_per_byte:.4f}" for name in sources),
             f"{dynamics[depth].residual:.3f}",
             " ".join(f"{gain:.2f}" for gain in dynamics[depth].gains),
         )
@@ -201,11 +238,13 @@ def evaluate_run(
     losses and what the loop does there.
     """
     loaded = load_run(run)
-    config, dataset, model = loaded.config, loaded.dataset, loaded.model
-    tokens = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
+    config, model = loaded.config, loaded.model
+    held_out = held_out_sets(config.data, loaded.dataset)
     batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
-    batches = list(validation_batches(tokens, batch_size, 0, 1, sequences, config.data.document_mask))
-    token_bytes_V = torch.from_numpy(dataset.tokenizer.byte_lengths())
+    batches = [
+        list(validation_batches(entry, batch_size, 0, 1, sequences, config.data.document_mask)) for entry in held_out
+    ]
+    token_bytes_V = torch.from_numpy(loaded.tokenizer.byte_lengths())
     results: dict[int, Evaluation] = {}
     dynamics: dict[int, LoopDynamics] = {}
     for depth in depths or default_depths(config.mean_loops):
@@ -214,11 +253,14 @@ def evaluate_run(
             logits: Tensor = model(batch.input_ids, n_loops=n_loops, document_ids=batch.document_ids)
             return logits
 
-        watched = track(
-            batches, description=f"evaluating at {depth} loops", transient=True, disable=not sys.stdout.isatty()
-        )
-        results[depth] = evaluate_plain(forward, watched, list(dataset.domains), token_bytes_V)
-        dynamics[depth] = _measure_dynamics(model, batches[0].input_ids[:4], depth)
+        tallies = []
+        for entry, of_entry in zip(held_out, batches, strict=True):
+            watched = track(
+                of_entry, description=f"evaluating at {depth} loops", transient=True, disable=not sys.stdout.isatty()
+            )
+            tallies.append(tally_plain(forward, watched, entry.dataset.domains, token_bytes_V))
+        results[depth] = combine(held_out, tallies)
+        dynamics[depth] = _measure_dynamics(model, batches[0][0].input_ids[:4], depth)
     write_json_atomically(
         run / "evaluation.json",
         {

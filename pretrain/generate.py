@@ -1,8 +1,8 @@
 """Text from a checkpoint: ``python pretrain/generate.py --run runs/ice_tiny --prompt "It was" --loops 8``.
 
-Loads the newest intact checkpoint's plain weights into one process; needs neither DeepSpeed nor the launcher. The text
-appears on stdout as it is found, and nothing else does; what it cost is the last line on stderr. Several ``--prompt``
-are one batch, printed one after the other. docs/generation.md has the modes.
+Loads the newest intact checkpoint's plain weights into one process; needs neither DeepSpeed nor the launcher nor the
+data set. The text appears on stdout as it is found, and nothing else does; what it cost is the last line on stderr.
+Several ``--prompt`` are one batch, printed one after the other. docs/generation.md has the modes.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def generate_batch(options: argparse.Namespace, write: Write = lambda piece, loo
             raise BadInputError(f"--prompt {render_text(ascii(prompt))}: is not valid UTF-8")
     decoding = _decoding(options)
     loaded = load_run(options.run)
-    tokenizer, end = loaded.dataset.tokenizer, loaded.dataset.manifest.end_token_id
+    tokenizer, end = loaded.tokenizer, loaded.tokenizer.end_id
     n_loops = loaded.config.mean_loops if options.loops is None else options.loops
     # A document begins after the end of another, so an empty prompt is the end token alone.
     prompts = [[end, *tokenizer.encode(prompt)] for prompt in options.prompt]

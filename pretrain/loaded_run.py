@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.dataset.reader import Dataset, open_dataset
+from data_pipeline.tokenizer.interface import Tokenizer
 from launch.settings import BadInputError, load_settings
 from model import IceModel
 from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint
 from pretrain.config import TrainingConfig
+from pretrain.run_tokenizer import load_kept_tokenizer
 from pretrain.weights import load_model
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The configuration, data set, newest intact checkpoint and plain model of a run."""
+    """The configuration, newest intact checkpoint and plain model of a run; its data set and tokenizer when asked for.
 
+    Both properties raise ``BadInputError`` when what they need is missing or damaged.
+    """
+
+    path: Path
     config: TrainingConfig
-    dataset: Dataset
     checkpoint: Path
     model: IceModel
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set of ``data.path``."""
+        return open_dataset(Path(self.config.data.path))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own copy; the data set's for runs from before there were copies."""
+        return load_kept_tokenizer(self.path) or self.dataset.tokenizer
 
 
 def load_run(run: Path) -> LoadedRun:
@@ -29,4 +45,4 @@ def load_run(run: Path) -> LoadedRun:
         raise BadInputError(f"{run}: not a run directory (no config.json); train first, or name another with --run")
     config = load_settings(TrainingConfig, run / "config.json")
     checkpoint = newest_valid_checkpoint(run / "checkpoints")
-    return LoadedRun(config, open_dataset(Path(config.data.path)), checkpoint, load_model(checkpoint / WEIGHTS))
+    return LoadedRun(run, config, checkpoint, load_model(checkpoint / WEIGHTS))

@@ -33,7 +33,7 @@ from pretrain.config import TrainingConfig, check_topology
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import TrainingState
-    from pretrain.data import Sampler, TokenSequences
+    from pretrain.data import HeldOut, Sampler
     from pretrain.engine import TrainingEngine
     from pretrain.fault_log import FaultLog
     from pretrain.preemption import StopRequest
@@ -82,7 +82,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     from pretrain.preemption import StopRequest
 
     stop = StopRequest()
-    from pretrain.data import SlowDataError, TokenSequences, open_sampler
+    from pretrain.data import SlowDataError, held_out_sets, open_sampler
     from pretrain.engine import TrainingEngine
     from pretrain.fault_log import FaultLog
     from pretrain.stability import StabilityGuard
@@ -91,7 +91,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     dataset = open_training_data(config)
     sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
     sampler.require_enough(StabilityGuard(config, {}).end_of(0, config.schedule.steps))
-    held_out = TokenSequences(dataset, "validation", config.data.sequence_length, config.run.seed)
+    held_out = held_out_sets(config.data, dataset, {s.dataset.folder: s.dataset for s in sampler.sources})
     run_path = config.run.path
     checkpoints = run_path / "checkpoints"
     if config.checkpoint.resume == "never" and any(checkpoints.glob("step_*")):
@@ -149,17 +149,18 @@ def _train_watched(
     engine: TrainingEngine,
     dataset: Dataset,
     sampler: Sampler,
-    held_out: TokenSequences,
+    held_out: list[HeldOut],
     stop: StopRequest,
     watchdog: Watchdog,
     faults: FaultLog,
     hosts: list[str],
 ) -> int:
     """Resume, assemble the run's collaborators, and train."""
-    from pretrain.checkpoint import Checkpointer, RunIdentity, TrainingState
+    from pretrain.checkpoint import Checkpointer, CheckpointError, Fence, RunIdentity, TrainingState
     from pretrain.data import BatchLoader, Prefetcher
     from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
     from pretrain.run_log import RunLog
+    from pretrain.run_tokenizer import keep_tokenizer
     from pretrain.stability import StabilityGuard
     from pretrain.stragglers import StragglerCheck
     from pretrain.tracking import new_wandb_id
@@ -177,7 +178,8 @@ def _train_watched(
         },
     )
     notices: list[str] = []
-    checkpointer = Checkpointer(run_path / "checkpoints", config.checkpoint, identity, engine, notices.append)
+    fence = Fence(run_path)
+    checkpointer = Checkpointer(run_path / "checkpoints", config.checkpoint, identity, engine, fence, notices.append)
     wandb_id = engine.gather_objects(new_wandb_id())[0]
     try:
         with watchdog.phase("loading"):
@@ -188,10 +190,16 @@ def _train_watched(
         sampler.require_enough(end)
     except BadInputError as error:
         raise AgreedError(str(error)) from None
+    except CheckpointError as error:
+        if place.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        watchdog.leave()
+        return EXIT_FAILED
     if place.is_first:
-        run_path.mkdir(parents=True, exist_ok=True)
         write_json_atomically(run_path / "config.json", config.model_dump(mode="json"))
+        keep_tokenizer(dataset, run_path)
     log = RunLog(config, start, place.is_first, gzip9_bits_per_byte(dataset))
+    checkpointer.say = log.say
     for notice in notices:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
@@ -205,14 +213,17 @@ def _train_watched(
     )
     data = config.data
     with Prefetcher(loader, end, data.prefetch_workers, data.prefetch_steps, data.read_timeout_seconds) as batches:
-        evaluator = Evaluator(config, dataset, held_out)
+        evaluator = Evaluator(config, held_out)
         stragglers = StragglerCheck(config.stragglers, engine, hosts, faults, log.say)
         trainer = Trainer(
             config, engine, sampler, batches, evaluator, checkpointer, log, faults, stop, guard, watchdog, stragglers
         )
         try:
             status = trainer.train(start)
-        except TrainingFailedError as error:  # on every rank alike
+        except (TrainingFailedError, CheckpointError) as error:
+            # Every rank has come to the same end: a save that is being written can still be finished.
+            if isinstance(error, TrainingFailedError):
+                checkpointer.wait()
             log.say(f"error: {error}")
             log.close()
             watchdog.leave()

@@ -84,9 +84,16 @@ class RunLog:
             "validation_nats_per_token": result.nats_per_token,
             **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte_by_domain.items()},
         }
+        for source, bits in result.by_source.items():
+            line[f"validation_bits_per_byte/source/{source}"] = bits.bits_per_byte
+            for domain, value in bits.bits_per_byte_by_domain.items():
+                line[f"validation_bits_per_byte/source/{source}/{domain}"] = value
         self._record(state.step, line)
         by_domain = "  ".join(f"{name} {value:.3f}" for name, value in result.bits_per_byte_by_domain.items())
         self.say(f"step {state.step}: validation {result.bits_per_byte:.4f} bits a byte  ({by_domain})")
+        if result.by_source:
+            by_source = "  ".join(f"{name} {bits.bits_per_byte:.3f}" for name, bits in result.by_source.items())
+            self.say(f"step {state.step}: by source  {by_source}")
 
     def rolled_back(self, state: TrainingState) -> None:
         """Forget the steps after ``state``, which are about to be run again, as a resume does.

@@ -2,6 +2,10 @@
 
 W&B is online when ``WANDB_API_KEY`` is set and offline otherwise (``wandb sync`` uploads it later); its run id lives in
 the checkpoint, so that a resumed run continues the same curve. The key is never read or logged by this code.
+
+W&B keeps rows back in a process of its own, and a killed job takes them along. So a start first tells again, from
+``metrics.jsonl``, what W&B may not have got: online what comes after the server's last step, offline what comes after
+the last start that ended in order. The history has no gap then; a step that is told twice has the same values.
 """
 
 from __future__ import annotations
@@ -11,7 +15,11 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from launch.files import write_atomically
 from pretrain.config import TrainingConfig
+from pretrain.metrics import FILE_NAME, read_metrics
+
+FINISHED = "finished_step"  # below wandb/: the last step of the last start that ended in order
 
 
 def new_wandb_id() -> str:
@@ -42,15 +50,30 @@ class Trackers:
                 config=config.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            self._marker = run_path / "wandb" / FINISHED
+            self._tell_again(run_path / FILE_NAME, self._first_missing(mode))
+        self._step = start_step
         if config.logging.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._tensorboard_folder = str(run_path / "tensorboard")
             self._tensorboard = SummaryWriter(self._tensorboard_folder, purge_step=start_step + 1)
 
+    def _first_missing(self, mode: str) -> int:
+        if mode == "online":
+            return int(self._wandb_run.step)
+        return int(self._marker.read_text()) + 1 if self._marker.exists() else 0
+
+    def _tell_again(self, metrics: Path, first_step: int) -> None:
+        """Send the rows from ``first_step`` on; the file ends at the step that this start resumes from."""
+        for line in read_metrics(metrics):
+            if line["step"] >= first_step:
+                self._wandb_run.log(_numbers(line), step=line["step"])
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of ``values`` under their names."""
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+        self._step = step
+        numbers = _numbers(values)
         if self._wandb_run is not None:
             self._wandb_run.log(numbers, step=step)
         if self._tensorboard is not None:
@@ -67,5 +90,10 @@ class Trackers:
         """Flush and finish."""
         if self._wandb_run is not None:
             self._wandb_run.finish()
+            write_atomically(self._marker, f"{self._step}\n".encode())
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}

@@ -86,10 +86,9 @@ class Trainer:
         config = self.config
         saved_step = state.step
         if self.guard.evaluation_due:
-            self._evaluate(state)
+            state = self._evaluate(state)
         while state.step < config.schedule.steps:
             started = time.monotonic()
-            self.checkpointer.poll()
             plan = self._plan(state)
             batches = self._fetch(plan)
             if batches is None:
@@ -106,18 +105,21 @@ class Trainer:
                 step=plan.step,
                 next_sample=plan.first_sample + config.data.global_batch_size,
                 tokens=state.tokens + plan.tokens,
+                validation_bits_per_byte=None,
             )
             seconds = time.monotonic() - started
             self.log.step(state, result, plan, seconds, self.guard, self.stragglers.check(plan.step), self.engine)
+            self.checkpointer.poll()
             last = plan.step == config.schedule.steps
             if plan.step % config.eval.every == 0 or last:
-                self._evaluate(state)
+                state = self._evaluate(state)
             if plan.step % config.checkpoint.every == 0 or last:
                 saved_step = self._save(state)
                 self.log.saved(state, result.expert_load_TLE)
         if self.guard.evaluation_due:
             return self._leave(state, saved_step)
-        self.checkpointer.wait()
+        if not self._wait_for_save():
+            raise TrainingFailedError("the last save was not written; the same command continues from the one before")
         return EXIT_FINISHED
 
     def _plan(self, state: TrainingState) -> StepPlan:
@@ -152,6 +154,9 @@ class Trainer:
         for batch in batches:
             if batch.document_ids is not None:
                 reads["document_ids"] = batch.document_ids.to(engine.device)
+            if config.model.initial_state == "random":
+                keys = torch.tensor(batch.sample_ids) ^ (config.run.seed << 32)
+                reads["noise_keys"] = keys.to(engine.device)
             output = engine.forward(
                 batch.input_ids.to(engine.device), plan.loops, grad_loops=config.loop.grad_loops, **reads
             )
@@ -215,7 +220,6 @@ class Trainer:
                 "lower optim.lr, or name samples to pass over in stability.skip_samples"
             )
         with self.watchdog.phase("loading"):
-            self.checkpointer.wait()
             state = self.checkpointer.resume(newest_step=trouble.newest_step)
         if state is None:
             raise TrainingFailedError(
@@ -235,23 +239,30 @@ class Trainer:
             )
         return state
 
-    def _evaluate(self, state: TrainingState) -> None:
+    def _evaluate(self, state: TrainingState) -> TrainingState:
         """Evaluate, or, when a rank is asked to stop meanwhile, leave it to the resumed run."""
         with self.watchdog.phase("evaluation"):
             result = self.evaluator.run(self.engine, self.config.mean_loops, lambda: self._any_rank(self.stop.is_set()))
         self.guard.evaluation_due = result is None
-        if result is not None:
-            self.log.evaluation(state, result)
+        if result is None:
+            return state
+        state = replace(state, validation_bits_per_byte=result.bits_per_byte)
+        self.log.evaluation(state, result)
+        return state
 
     def _save(self, state: TrainingState) -> int:
-        with self.watchdog.phase("saving"):
+        # It may wait for the write of the one before, which has a time-out of its own.
+        with self.watchdog.phase("saving", at_least=self.config.checkpoint.write_timeout_seconds + 60):
             self.checkpointer.save(replace(state, stability=self.guard.memory()))
         return state.step
 
     def _leave(self, state: TrainingState, saved_step: int) -> int:
         if state.step > saved_step:
             self._save(state)
-        with self.watchdog.phase("saving"):
-            self.checkpointer.wait()
-        self.log.say(f"asked to stop: saved step {state.step}; the same command continues from there")
+        saved = f"saved step {state.step}" if self._wait_for_save() else "the last save stands"
+        self.log.say(f"asked to stop: {saved}; the same command continues from there")
         return EXIT_PREEMPTED
+
+    def _wait_for_save(self) -> bool:
+        with self.watchdog.phase("writing", at_least=self.config.checkpoint.write_timeout_seconds + 60):
+            return self.checkpointer.wait()

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Train configs/ice_10b.json on 4 nodes of 8 GPUs: sbatch slurm/ice_10b.sh [--set a.b=value]...
-# Partition, account and node features are the site's: add them to the sbatch line.
+# Your site: the ##SBATCH line; ICE_CONTAINER_ARGS=(...), ICE_INTERFACE=... above "source"; or use launch/submit.py.
+##SBATCH --account=ACCOUNT --partition=PARTITION --qos=QOS --constraint=FEATURE
 #SBATCH --job-name=ice_10b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

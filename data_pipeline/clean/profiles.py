@@ -1,11 +1,11 @@
 """Profiles: values for all parts of cleaning at once, for four kinds of text.
 
-Rules of thumb for web pages do not hold elsewhere: FineWeb's thresholds drop 99% of the Linux kernel's documentation
-and of Perl's, since reference text has short lines, few full stops and many symbols. What each profile is for:
+Rules of thumb for web pages do not hold elsewhere: at their thresholds 99% of the Linux kernel's documentation and of
+Perl's goes, since reference text has short lines, tables, underlines and few full stops. What each profile is for:
 
 =============  =====================================================================================================
 web            pages from a crawl: all of Gopher's, C4's and FineWeb's rules at their published thresholds, in English
-documentation  manuals, reference text, encyclopaedias: tables, lists, code in between; language is not asked
+documentation  manuals, reference text, encyclopaedias: layout is kept, tables and code in between, any language
 code           source files: layout is kept, English is not asked, only degenerate files go
 books          chapters, verse, plays: prose throughout, but long documents, short lines, refrains
 =============  =====================================================================================================
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 ProfileName = Literal["web", "documentation", "code", "books"]
 
-PROFILES: MappingProxyType[str, dict[str, dict[str, Any] | None]] = MappingProxyType(
+PROFILES: MappingProxyType[str, dict[str, dict[str, Any] | bool | None]] = MappingProxyType(
     {
         "web": {
             "language": {},
@@ -32,23 +32,32 @@ PROFILES: MappingProxyType[str, dict[str, dict[str, Any] | None]] = MappingProxy
             "fineweb": {},
         },
         "documentation": {
-            # Punctuation marks are words: an underline of 20 dashes has 17 equal 4-grams; examples are half symbols.
+            # Columns mean something: tables and examples are aligned with spaces.
+            "normalise": {"collapse_spaces": False},
+            "ignore_rulings": True,
+            # Tables, option lists and "Found in file" lines repeat; what repeats for half its length is a list of one.
             "gopher_repetition": {
                 "max_duplicate_paragraphs": None,
                 "max_duplicate_paragraph_characters": None,
                 "max_duplicate_lines": 0.5,
+                "max_duplicate_line_characters": 0.4,
                 "top_ngrams": [[4, 0.5]],
-                "duplicate_ngrams": [[5, 0.3]],
+                "duplicate_ngrams": [[5, 0.5]],
             },
+            # Language is not asked, so neither are English stop words, nor the length of words: Han characters are a
+            # word each. Names such as rfc6458_sctp_sendmsg are words of the trade.
             "gopher_quality": {
                 "min_words": 40,
                 "max_words": None,
-                "min_mean_word_length": 2.5,
+                "min_mean_word_length": None,
+                "max_mean_word_length": 14.0,
                 "max_bullet_lines": None,
                 "min_alphabetic_words": 0.35,
+                "min_stop_words": None,
             },
         },
         "code": {
+            "ignore_rulings": True,
             "normalise": {"fix_encoding": False, "unicode_form": None, "collapse_spaces": False},
             "length": {"min_characters": 100, "max_characters": 500_000},
             "gopher_repetition": {

@@ -136,7 +136,11 @@ class PersonalInformationSettings(Section):
 
 
 class CleanSettings(Section):
-    """Everything that happens to a document between its file and de-duplication."""
+    """Everything that happens to a document between its file and de-duplication.
+
+    With ``ignore_rulings`` Gopher's rules look at the text without its ruled lines (rulings.py); what is kept keeps
+    them.
+    """
 
     profile: ProfileName = "documentation"
     extraction: ExtractionSettings = ExtractionSettings()
@@ -145,6 +149,7 @@ class CleanSettings(Section):
     language: LanguageSettings | None = None
     gopher_repetition: GopherRepetitionSettings | None = None
     gopher_quality: GopherQualitySettings | None = None
+    ignore_rulings: bool = False
     c4: C4Settings | None = None
     fineweb: FineWebSettings | None = None
     classifier: ClassifierSettings | None = None
@@ -160,7 +165,7 @@ class CleanSettings(Section):
         filled = {**profile, **values}
         for part, defaults in profile.items():
             given = values.get(part)
-            if isinstance(given, Mapping) and defaults is not None:
+            if isinstance(given, Mapping) and isinstance(defaults, Mapping):
                 filled[part] = {**defaults, **given}
         return filled
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from data_pipeline.dataset import megatron
 from data_pipeline.dataset.reader import Dataset
-from data_pipeline.dataset.shards import COPY_TOKENS, HashedFile, Shard, unwritable
+from data_pipeline.dataset.shards import COPY_TOKENS, HashedFile, Shard
+from data_pipeline.disk_full import unwritable
 from launch.files import fsync_path, write_json_atomically
 from launch.settings import BadInputError
 

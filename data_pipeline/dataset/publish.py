@@ -22,15 +22,17 @@ import numpy as np
 from data_pipeline.dataset.manifest import FORMAT_VERSION, MANIFEST_NAME, SHARD_SUFFIXES, Manifest, fingerprint_of
 from data_pipeline.dataset.merge import shard_name
 from data_pipeline.dataset.reader import check_file, read_manifest
-from data_pipeline.dataset.shards import dtype_for, read_description, shard_file, unwritable
+from data_pipeline.dataset.shards import dtype_for, read_description, shard_file
+from data_pipeline.disk_full import unwritable
 from data_pipeline.inputs.readers import InputFile, read_documents
 from data_pipeline.split import SPLITS
 from data_pipeline.tokenizer.interface import load_tokenizer
-from launch.files import fsync_path, sha256_of, write_json_atomically
+from launch.files import as_json, fsync_path, sha256_of, write_atomically
 from launch.settings import BadInputError
 
 VALIDATION_DOCUMENTS_NAME = "validation/documents.jsonl.gz"
 SOURCES_NAME = "sources.json"
+PAGE_NAME = "report.html"
 GZIP_LEVEL = 9
 
 Values = dict[str, Any]
@@ -150,25 +152,33 @@ def _bring(source: Path, target: Path) -> None:
         fsync_path(temporary)
 
 
-def publish(manifest: Manifest, places: Mapping[str, Path], report: Values, folder: Path) -> None:
-    """Make ``folder`` this data set.
+def publish(
+    manifest: Manifest, places: Mapping[str, Path], report: Values, folder: Path, page: str | None = None
+) -> None:
+    """Make ``folder`` this data set, with ``report`` as ``report.json`` and ``page`` as ``report.html``.
 
     Raises ``BadInputError`` when there is no room; ``folder`` is then what it was before.
     """
     targets = {entry.file: folder / entry.file for entry in manifest.files()}
-    written = {folder / "report.json": report, folder / MANIFEST_NAME: manifest.model_dump(mode="json")}
+    written = {
+        folder / "report.json": as_json(report),
+        folder / MANIFEST_NAME: as_json(manifest.model_dump(mode="json")),
+    }
+    if page is not None:
+        written[folder / PAGE_NAME] = page.encode()
     try:
         for name, target in targets.items():
             _bring(places[name], target)
-        for target, values in written.items():
-            write_json_atomically(_temporary(target), values)
+        for target, content in written.items():
+            write_atomically(_temporary(target), content)
     except OSError as error:
         for target in (*targets.values(), *written):
             _temporary(target).unlink(missing_ok=True)
         raise unwritable(folder, error) from None
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     fsync_path(folder)
-    for target in (*targets.values(), folder / "report.json"):
+    del written[folder / MANIFEST_NAME]
+    for target in (*targets.values(), *written):
         os.replace(_temporary(target), target)
         # Renaming a file to another name of itself (POSIX: two hard links) does nothing and leaves both.
         _temporary(target).unlink(missing_ok=True)

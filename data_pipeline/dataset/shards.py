@@ -62,14 +62,6 @@ def shard_file(path: Path, kind: str) -> Path:
     return path.with_name(path.name.removesuffix(".bin") + SHARD_SUFFIXES[kind])
 
 
-def unwritable(path: Path, error: OSError) -> BadInputError:
-    """The line for a full disk and its like."""
-    return BadInputError(
-        f"{path}: cannot be written ({error.strerror}); make room or choose another output, then run it again: "
-        "finished stages are kept, and nothing half is published"
-    )
-
-
 class HashedFile:
     """A file that is written once, front to back, and hashed on the way."""
 
@@ -218,6 +210,13 @@ def read_description(path: Path) -> Description:
         ) from None
     rows = np.asarray(values["by_domain"], dtype=np.int64).reshape(-1, 3)
     return Description(ShardEntry.model_validate(values["entry"]), rows)
+
+
+def written_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of the finished shards in ``folder``, by name, as their writers computed them."""
+    entries = [read_description(path).entry for path in sorted(folder.glob("*.bin"))]
+    files = [getattr(entry.files, kind) for entry in entries for kind in SHARD_SUFFIXES]
+    return {file.file: file.sha256 for file in files}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from data_pipeline.execution.tally import (
     DroppedWriter,
     Tally,
     add_to_tally,
+    place_of,
     write_tally,
 )
 from data_pipeline.inputs.readers import DocumentReader, InputFile
@@ -93,7 +94,7 @@ class Decontaminate(PipelineStep):
                     document.metadata["contaminated_words"] = match["words"]
                     writer.write(document, rank)
                 else:
-                    add_to_tally(tally, f"contaminated_cut\t{document.metadata['domain']}", cut, documents=0)
+                    add_to_tally(tally, f"contaminated_cut\t{place_of(document)}", cut, documents=0)
                     document.text = text
                     yield document
         write_tally(self.folder / "tallies" / "dropped_cut", rank, tally)

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from data_pipeline.config import DecontaminationSettings, EvaluationSetSettings
 from data_pipeline.dedup.normal_form import Hashes, Words
 from data_pipeline.inputs.formats import compression_of
+from data_pipeline.inputs.jsonl import required_object
 from data_pipeline.inputs.parts import BadRecord
 from data_pipeline.inputs.streams import StoredFile, cannot_read, decompressed, lines
 from launch.files import write_json_atomically
@@ -72,12 +72,7 @@ def check_evaluation_sets(settings: DecontaminationSettings) -> None:
 
 
 def _fields(line: bytes, settings: EvaluationSetSettings, path: Path, number: int) -> list[str]:
-    try:
-        values = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise BadInputError(f"{path}: item {number}: not JSON ({error}); correct or remove the line") from None
-    if not isinstance(values, dict):
-        raise BadInputError(f"{path}: item {number}: not an object with fields")
+    values = required_object(line, f"{path}: item {number}", "fields")
     texts = []
     for field in settings.fields:
         if field not in values:

@@ -37,6 +37,7 @@ from data_pipeline.execution.tally import (
     DroppedWriter,
     Tally,
     add_to_tally,
+    place_of,
     write_tally,
 )
 from data_pipeline.inputs.readers import DocumentReader, InputFile
@@ -164,7 +165,7 @@ class CutSentences(PipelineStep):
                         document.metadata["filter_reason"] = "duplicate_sentences"
                         writer.write(document, rank)
                         continue
-                    key = f"duplicate_sentences_cut\t{document.metadata['domain']}"
+                    key = f"duplicate_sentences_cut\t{place_of(document)}"
                     add_to_tally(tally, key, len(document.text.encode()) - len(text.encode()), documents=0)
                     document.text = text
                 yield document

@@ -17,7 +17,6 @@ of tasks. datatrove runs each piece (logs, statistics, one step feeding the next
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
+from data_pipeline.disk_full import is_disk_full, unwritable
 from data_pipeline.execution.written_files import written_files
 from launch.files import fsync_path, path_inside, write_json_atomically
 from launch.settings import BadInputError
@@ -136,6 +136,7 @@ class Work:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
         write_json_atomically(self._record(self.attempt, piece), record)
+        self._record(earlier, piece).unlink(missing_ok=True)
         return True
 
     def run_piece(self, piece: int) -> None:
@@ -144,13 +145,21 @@ class Work:
         if attempt is None:
             _PieceExecutor(dill.loads(self.pipeline), piece, self).run()
             return
-        with written_files(attempt) as written:
-            _PieceExecutor(dill.loads(self.pipeline), piece, self).run()
-        files = {}
-        for name in sorted(written):
-            fsync_path(attempt / name)
-            files[name] = (attempt / name).stat().st_size
-        write_json_atomically(self._record(attempt, piece), {"pieces": self.pieces, "files": files})
+        written: set[str] = set()
+        try:
+            with written_files(attempt) as written:
+                _PieceExecutor(dill.loads(self.pipeline), piece, self).run()
+            files = {}
+            for name in sorted(written):
+                fsync_path(attempt / name)
+                files[name] = (attempt / name).stat().st_size
+            write_json_atomically(self._record(attempt, piece), {"pieces": self.pieces, "files": files})
+        except Exception:
+            # Nobody takes over what is half done, and the next attempt may need the room. Logs say what happened.
+            for name in written:
+                if not (attempt / name).is_relative_to(self.logs):
+                    (attempt / name).unlink(missing_ok=True)
+            raise
 
     def try_piece(self, piece: int) -> Failure | None:
         """Do one piece; its failure is returned, to be raised where all failures are known."""
@@ -159,12 +168,14 @@ class Work:
         except BadInputError as error:
             return Failure(piece, str(error), bad_input=True)
         except Exception as error:
-            return Failure(piece, f"{self.describe(piece)}: {self._explain(error, piece)}", bad_input=False)
+            message = f"{self.describe(piece)}: {self._explain(error, piece)}"
+            return Failure(piece, message, bad_input=is_disk_full(error))
         return None
 
     def _explain(self, error: Exception, piece: int) -> str:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"{error.strerror}; make room for {self.logs}, then run again: it goes on from here"
+        if is_disk_full(error):
+            assert isinstance(error, OSError)
+            return str(unwritable(self.attempt or self.logs, error))
         text = " ".join(str(error).split())
         return f"{type(error).__name__}: {text}; traceback in {self.log_of(piece)}"
 

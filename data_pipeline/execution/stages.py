@@ -32,7 +32,7 @@ from launch.files import fsync_path, sha256_of, write_json_atomically
 from launch.settings import BadInputError
 
 # Raise it when the code of a stage changes what it writes, so that results of older code are not taken for new ones.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 4
 RECORD_NAME = "DONE.json"
 SCRATCH_NAMES = ("scratch", "logs")
 SIDE_NAMES = ("tallies", "dropped", "samples")
@@ -42,7 +42,11 @@ FRUITLESS_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is: its settings, what it depends on, and how it fills an empty folder."""
+    """What a stage is: its settings, what it depends on, and how it fills an empty folder.
+
+    ``known_hashes`` gives the SHA-256 of output files that were hashed while they were written, by their names in the
+    folder: terabytes of shards need not be read again for the stage's digest.
+    """
 
     name: str
     settings: Any
@@ -50,6 +54,7 @@ class Stage:
     build: Callable[[Path], None]
     watch: Sequence[str] = ()
     input_bytes: int | None = None
+    known_hashes: Callable[[Path], Mapping[str, str]] | None = None
 
     @property
     def key(self) -> str:
@@ -109,7 +114,7 @@ class StageRunner:
         shutil.rmtree(folder, ignore_errors=True)
         start = time.monotonic()
         partial = self._build(stage, folder)
-        digest = _write_record(partial, stage.key)
+        digest = _write_record(partial, stage.key, stage.known_hashes(partial) if stage.known_hashes else {})
         os.replace(partial, folder)
         fsync_path(self.folder)
         for path in self.folder.glob(f"{glob.escape(folder.name)}.*{PARTIAL_SUFFIX}"):
@@ -162,10 +167,11 @@ def _files(folder: Path, skip: Sequence[str]) -> list[Path]:
     )
 
 
-def _write_record(folder: Path, key: str) -> str:
+def _write_record(folder: Path, key: str, known_hashes: Mapping[str, str]) -> str:
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     outputs = _files(folder, (*SCRATCH_NAMES, *SIDE_NAMES))
-    digest = digest_of({str(path.relative_to(folder)): sha256_of(path) for path in outputs})
+    names = {str(path.relative_to(folder)): path for path in outputs}
+    digest = digest_of({name: known_hashes.get(name) or sha256_of(path) for name, path in names.items()})
     states = {}
     for path in _files(folder, SCRATCH_NAMES):
         fsync_path(path)

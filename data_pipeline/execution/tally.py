@@ -1,8 +1,9 @@
 """Counting what flows and what is dropped, so that every document is accounted for.
 
 A pipeline runs as several tasks in several processes; each task writes its own small JSON file and
-:func:`read_tallies` adds them up. A tally is ``{key: {"documents": n, "bytes": utf8_bytes}}``, keyed by domain for
-what passes a point, and by ``reason<TAB>domain`` for what was dropped.
+:func:`read_tallies` adds them up. A tally is ``{key: {"documents": n, "bytes": utf8_bytes}}``, keyed by
+``domain<TAB>source`` for what passes a point, and by ``reason<TAB>domain<TAB>source`` for what was dropped, where the
+source is its number in the settings. :func:`tally_by` adds up what a table does not tell apart.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers import JsonlWriter
 
-from data_pipeline.inputs.readers import DOCUMENTS_SUFFIX
+from data_pipeline.execution.document_files import StageWriter
 
 TALLY_INTERVAL_SECONDS = 0.3
 
@@ -56,8 +56,25 @@ def tally_sum(tally: Tally) -> Counts:
     return {unit: sum(counts[unit] for counts in tally.values()) for unit in ("documents", "bytes")}
 
 
+def place_of(document: Document) -> str:
+    """The end of a document's key: its domain and the number of its source, which is empty without an origin."""
+    origin = document.metadata.get("origin")
+    return f"{document.metadata['domain']}\t{origin['source'] if origin else ''}"
+
+
+def tally_by(tally: Tally, part: int) -> Tally:
+    """The tally with one part of its keys as the key: 0 is the first one, -1 the last, which is the source."""
+    result: Tally = {}
+    for key, counts in tally.items():
+        add_to_tally(result, key.split("\t")[part], counts["bytes"], counts["documents"])
+    return result
+
+
 class CountDocuments(PipelineStep):
-    """Counts documents and bytes by domain at one point of a pipeline; updated while it runs, for the progress bar."""
+    """Counts documents and bytes by domain and source at one point of a pipeline.
+
+    Updated while it runs, for the progress bar.
+    """
 
     name = "Ice tally"
     type = "📊 - TALLY"
@@ -71,7 +88,7 @@ class CountDocuments(PipelineStep):
         tally: Tally = {}
         written = time.monotonic()
         for document in data:
-            add_to_tally(tally, document.metadata["domain"], len(document.text.encode()))
+            add_to_tally(tally, place_of(document), len(document.text.encode()))
             if time.monotonic() - written > TALLY_INTERVAL_SECONDS:
                 write_tally(self.folder, rank, tally)
                 written = time.monotonic()
@@ -79,30 +96,24 @@ class CountDocuments(PipelineStep):
         write_tally(self.folder, rank, tally)
 
 
-class DocumentWriter(JsonlWriter):
-    """Writes documents as Zstandard JSON lines, one file a task, also when a task has none.
-
-    An always-present file keeps ranks, files and positions of later stages in step.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), output_filename="${rank}" + DOCUMENTS_SUFFIX, compression="zstd")
+class DocumentWriter(StageWriter):
+    """Writes one file a task, also when a task has no document: it keeps ranks, files and positions in step."""
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write each document and pass it on."""
-        self.output_mg.get_file(self.output_filename.substitute(rank=str(rank).zfill(5)))
+        self.open(rank)
         yield from super().run(data, rank, world_size)
 
 
-class DroppedWriter(JsonlWriter):
-    """Where filters put what they drop: the documents, for people who ask why, and a tally by reason and domain.
+class DroppedWriter(StageWriter):
+    """Where filters put what they drop: the documents, for people who ask why, and a tally by reason and place.
 
     Given ``reason``, every document is dropped for that one (datatrove's de-duplication names none); otherwise the
     filter's own ``filter_reason`` is used.
     """
 
     def __init__(self, folder: Path, tally_folder: Path, reason: str | None = None) -> None:
-        super().__init__(str(folder), output_filename="${rank}" + DOCUMENTS_SUFFIX, compression="zstd")
+        super().__init__(folder)
         self.tally_folder = tally_folder
         self.reason = reason
         self.tally: Tally = {}
@@ -112,8 +123,9 @@ class DroppedWriter(JsonlWriter):
         """Write one dropped document and count it."""
         if self.reason:
             document.metadata["filter_reason"] = self.reason
-        key = f"{document.metadata['filter_reason']}\t{document.metadata['domain']}"
-        add_to_tally(self.tally, key, len(document.text.encode()))
+        add_to_tally(
+            self.tally, f"{document.metadata['filter_reason']}\t{place_of(document)}", len(document.text.encode())
+        )
         self.rank = rank
         super().write(document, rank, **kwargs)
 

@@ -46,8 +46,8 @@ def _install_hook() -> None:
 def written_files(folder: Path) -> Iterator[set[str]]:
     """A set that, after the body, holds the files below ``folder`` that the body wrote and that exist.
 
-    Names are relative to ``folder``. Files that another thread writes at the same time count too. One at a time in a
-    process.
+    Also after a body that raised. Names are relative to ``folder``. Files that another thread writes at the same time
+    count too. One at a time in a process.
     """
     global _noted
     if _noted is not None:
@@ -57,10 +57,10 @@ def written_files(folder: Path) -> Iterator[set[str]]:
     _noted = set()
     try:
         yield result
+    finally:
+        noted, _noted = _noted, None
         root = Path(os.path.abspath(folder))
-        for path in map(Path, _noted):
+        for path in map(Path, noted):
             absolute = Path(os.path.abspath(path))
             if absolute.is_relative_to(root) and absolute.is_file():
                 result.add(str(absolute.relative_to(root)))
-    finally:
-        _noted = None

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+from typing import Any
 
 import orjson
 from datatrove.data import Document
 
 from data_pipeline.inputs.parts import BadRecord, Found, Part, bad_record, excerpt_of
 from data_pipeline.inputs.streams import StoredFile, decompressed, lines
+from launch.settings import BadInputError
 
 
 def read_jsonl(part: Part, stored: StoredFile, max_bytes: int) -> Found:
@@ -34,6 +36,20 @@ def read_jsonl(part: Part, stored: StoredFile, max_bytes: int) -> Found:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line and not line.isspace():
             yield parse_line(line, part, position)
+
+
+def required_object(line: bytes, where: str, content: str) -> dict[str, Any]:
+    """The object of a line of a file in which no line may be bad; ``content`` says what it should have.
+
+    Raises ``BadInputError`` that begins with ``where``.
+    """
+    try:
+        values = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise BadInputError(f"{where}: not JSON ({error}); correct or remove the line") from None
+    if not isinstance(values, dict):
+        raise BadInputError(f"{where}: not an object with {content}")
+    return values
 
 
 def parse_line(line: bytes, part: Part, position: int) -> Document | BadRecord:

@@ -64,7 +64,7 @@ class Quarantine:
 
     def put(self, part: Part, bad: BadRecord) -> None:
         """Put a record aside."""
-        add_to_tally(self._reasons, f"{bad.reason}\t{part.domain}", bad.size)
+        add_to_tally(self._reasons, f"{bad.reason}\t{part.domain}\t{part.source}", bad.size)
         add_to_tally(self._sources, f"{part.source}\tbad", bad.size)
         add_to_tally(self._sources, f"{part.source}\tbad {bad.reason}", bad.size)
         if bad.loses_rest:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.inputs.formats import compression_of
+from data_pipeline.inputs.jsonl import required_object
 from data_pipeline.inputs.parts import BadRecord
 from data_pipeline.inputs.streams import StoredFile, cannot_read, decompressed, lines
 from launch.settings import BadInputError
@@ -58,12 +58,7 @@ def read_documents(file: InputFile) -> Iterator[Document]:
 
 
 def _document(line: bytes, path: Path, number: int) -> Document:
-    try:
-        values = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise BadInputError(f"{path}: line {number}: not JSON ({error}); correct or remove the line") from None
-    if not isinstance(values, dict):
-        raise BadInputError(f"{path}: line {number}: not an object with a 'text'")
+    values = required_object(line, f"{path}: line {number}", "a 'text'")
     text = values.get("text") or ""
     if not isinstance(text, str):
         raise BadInputError(f"{path}: line {number}: 'text' is not a string")

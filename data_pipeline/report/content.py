@@ -14,8 +14,9 @@ from typing import Any
 from data_pipeline.clean.pipeline import STEPS
 from data_pipeline.clean.samples import SAMPLES_FOLDER, Sample, Samples, read_samples
 from data_pipeline.execution.stages import Finished
-from data_pipeline.execution.tally import Tally, add_to_tally
+from data_pipeline.execution.tally import Tally
 from data_pipeline.inputs.readers import read_documents, stage_files
+from data_pipeline.report.account import SourceAccount, by_reason
 
 SAMPLED_FILES = 8
 SAMPLED_DOCUMENTS = 200
@@ -33,7 +34,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything on the page. Tallies are by domain; ``tokens`` is ``{split: {domain: tokens}}``."""
+    """Everything on the page. Tallies are by domain; ``tokens`` is ``{split: {domain: tokens}}``.
+
+    ``sources`` has the account of each source, by name, in the order of the settings.
+    """
 
     name: str
     read: Tally
@@ -44,6 +48,7 @@ class ReportContent:
     lengths: Mapping[str, Mapping[int, int]]
     languages: Mapping[str, int]
     samples: Mapping[str, Sequence[Sample]]
+    sources: Mapping[str, SourceAccount]
 
     @property
     def domains(self) -> list[str]:
@@ -51,23 +56,14 @@ class ReportContent:
         return sorted(self.read, key=lambda domain: (-self.read[domain]["bytes"], domain))
 
 
-def reasons_of(tally: Tally) -> Reasons:
-    """A tally by ``reason<TAB>domain`` as ``{reason: {domain: counts}}``."""
-    reasons: Reasons = {}
-    for key, counts in tally.items():
-        reason, domain = key.split("\t")
-        add_to_tally(reasons.setdefault(reason, {}), domain, counts["bytes"], counts["documents"])
-    return reasons
-
-
 def _losses(cleaned: Finished, removals: Sequence[Finished]) -> Iterator[Loss]:
-    yield Loss("quarantine", reasons_of(cleaned.tally("quarantined")))
+    yield Loss("quarantine", by_reason(cleaned.tally("quarantined")))
     for step in STEPS:
-        yield Loss(step, reasons_of(cleaned.tally(f"dropped_{step}")))
+        yield Loss(step, by_reason(cleaned.tally(f"dropped_{step}")))
     for stage in removals:
         reasons: Reasons = {}
         for folder in sorted((stage.folder / "tallies").glob("dropped*")):
-            reasons |= reasons_of(stage.tally(folder.name))
+            reasons |= by_reason(stage.tally(folder.name))
         yield Loss(stage_name(stage), reasons)
 
 
@@ -117,4 +113,5 @@ def collect(
         lengths=lengths,
         languages=languages,
         samples=samples,
+        sources=report["by_source"],
     )

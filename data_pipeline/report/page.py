@@ -9,10 +9,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
 
 from data_pipeline.clean.samples import KEPT, Sample
-from data_pipeline.execution.tally import tally_sum
+from data_pipeline.execution.tally import Counts, tally_sum
 from data_pipeline.report.content import ReportContent
 from data_pipeline.report.pictures import (
     as_png,
@@ -22,15 +21,16 @@ from data_pipeline.report.pictures import (
     draw_reasons,
     draw_tokens,
 )
-from launch.files import write_atomically
+from data_pipeline.split import SPLITS
 
-PAGE_NAME = "report.html"
+LOSSES = ("quarantined", "dropped")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2430 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dae1 }
 img { max-width: 100%; height: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #e6e9ee } th { font-weight: 600 }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
+.sources td:nth-child(2), .sources th:nth-child(2) { text-align: left }
 details { margin: .3rem 0 } summary { cursor: pointer }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f6f8; padding: .6rem .8rem; margin: .4rem 0 }
 .note { color: #5a6472 }
@@ -42,11 +42,11 @@ def _picture(png: bytes, alternative: str) -> str:
     return f'<img alt="{escape(alternative)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
     def line(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+    return f'<table class="{kind}">' + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
 def _domain_table(content: ReportContent) -> str:
@@ -72,6 +72,25 @@ def _domain_table(content: ReportContent) -> str:
     return _table(("domain", "read", "MB", "published", "of those read", "tokens"), rows)
 
 
+def _source_table(content: ReportContent) -> str:
+    """What each source gave and lost, a row a reason below each source's own."""
+    rows = []
+    for name, account in content.sources.items():
+        read = account["read"]
+        published = [account[split] for split in SPLITS]
+        lines = [("read", read)]
+        lines += [(f"{kind}: {reason}", counts) for kind in LOSSES for reason, counts in account[kind].items()]
+        lines.append(("published", {unit: sum(counts[unit] for counts in published) for unit in read}))
+        for index, (what, counts) in enumerate(lines):
+            share = f"{counts['documents'] / read['documents']:.2%}" if read["documents"] else ""
+            rows.append([name if not index else "", what, f"{counts['documents']:,}", share, _megabytes(counts)])
+    return _table(("source", "what", "documents", "of those read", "MB"), rows, "sources")
+
+
+def _megabytes(counts: Counts) -> str:
+    return f"{counts['bytes'] / 1e6:,.3f}"
+
+
 def _loss_table(content: ReportContent) -> str:
     read = max(tally_sum(content.read)["documents"], 1)
     rows = []
@@ -79,7 +98,7 @@ def _loss_table(content: ReportContent) -> str:
         for reason, tally in sorted(loss.reasons.items()):
             counts = tally_sum(tally)
             share = f"{counts['documents'] / read:.2%}"
-            rows.append([reason, loss.step, f"{counts['documents']:,}", share, f"{counts['bytes'] / 1e6:,.3f}"])
+            rows.append([reason, loss.step, f"{counts['documents']:,}", share, _megabytes(counts)])
     return _table(("reason", "step", "documents", "of all read", "MB"), rows)
 
 
@@ -115,6 +134,8 @@ def render_page(content: ReportContent) -> str:
         "<h2>Why documents were dropped</h2>",
         _picture(as_png(draw_reasons, content), "documents dropped for each reason") if content.losses else "",
         _loss_table(content),
+        "<h2>Sources</h2>",
+        _source_table(content),
         "<h2>Lengths</h2>",
         _picture(as_png(draw_lengths, content), "kept documents by length"),
         "<h2>Languages</h2>",
@@ -133,8 +154,3 @@ def render_page(content: ReportContent) -> str:
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-
-
-def write_report(content: ReportContent, folder: Path) -> None:
-    """Write ``report.html`` into ``folder``."""
-    write_atomically(folder / PAGE_NAME, render_page(content).encode())

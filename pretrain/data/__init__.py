@@ -11,13 +11,14 @@ from data_pipeline.permutation import KeyedPermutation
 from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch, BatchLoader, Prefetcher, SlowDataError
 from pretrain.data.sampler import Sampler, check_vocabulary, open_sampler, past_of
 from pretrain.data.sequences import Sample, TokenSequences
-from pretrain.data.validation import validation_batches
+from pretrain.data.validation import HeldOut, held_out_sets, validation_batches
 
 __all__ = [
     "IGNORED_TARGET",
     "PADDING_SAMPLE",
     "Batch",
     "BatchLoader",
+    "HeldOut",
     "KeyedPermutation",
     "Prefetcher",
     "Sample",
@@ -25,6 +26,7 @@ __all__ = [
     "SlowDataError",
     "TokenSequences",
     "check_vocabulary",
+    "held_out_sets",
     "open_sampler",
     "past_of",
     "validation_batches",

@@ -10,9 +10,9 @@ nothing is padded, and documents are cut wherever a row ends. No memory.
 rows of S targets and a rest; documents and rests then go, longest first, each into the fullest row that still has room.
 No document of up to S tokens is cut. What fits nowhere else is padded. Packing looks at ``WINDOW_ROWS`` rows' worth of
 neighbouring documents at a time, so the result is a function of the documents alone and costs time linear in them:
-about a microsecond a document when the data is opened (a quarter of an hour for 10^9), 13 bytes of memory a piece and 8
-a row in every process, and 0.1% of padding for documents of 400 tokens in rows of 2,048, of which concatenation cuts a
-quarter (``tests/benchmarks/loader.py`` prints them).
+about a microsecond a document when the data is first opened (a quarter of an hour for 10^9), a table of 13 bytes a
+piece and 8 a row (``packing_index.py``: large ones are made once and shared), and 0.1% of padding for documents of 400
+tokens in rows of 2,048, of which concatenation cuts a quarter (``tests/benchmarks/loader.py`` prints them).
 
 **Documents of a row.** Each target has a document number (0, 1, ... within the row). An input carries the number of its
 *target*: so the end token of a document, read as input, opens the next one. Under a mask that keeps attention inside a
@@ -24,15 +24,26 @@ first token of a rest that follows another document (it was a target in the row 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.packing_index import PackedPieces, index_in_files, index_in_memory
 from pretrain.data.selection import DocumentStream
 
 PackingName = Literal["concatenate", "best_fit"]
 WINDOW_ROWS = 1024
+
+
+class PackingCache(NamedTuple):
+    """Where the table of a large packing is kept, and what names it: ``key`` says which documents of which data set."""
+
+    folder: Path
+    key: str
+    documents: int
 
 
 class Row(NamedTuple):
@@ -81,19 +92,17 @@ def document_numbers(stream: DocumentStream, start: int, count: int) -> NDArray[
 class BestFit:
     """Documents packed whole where they fit."""
 
-    def __init__(self, stream: DocumentStream, sequence_length: int, end_token_id: int) -> None:
+    def __init__(
+        self, stream: DocumentStream, sequence_length: int, end_token_id: int, cache: PackingCache | None = None
+    ) -> None:
         self._stream, self._sequence_length, self._end_token_id = stream, sequence_length, end_token_id
-        starts, lengths, continues, sizes = [], [], [], []
-        for window in _windows(stream, sequence_length):
-            packed = _pack(window, sequence_length)
-            starts.append(packed.starts)
-            lengths.append(packed.lengths)
-            continues.append(packed.continues)
-            sizes.append(packed.pieces_per_row)
-        self._starts, self._lengths = np.concatenate(starts), np.concatenate(lengths).astype(np.int32)
-        self._continues = np.concatenate(continues)
-        self._first_piece = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-        self.n_rows = len(self._first_piece) - 1
+        packed = (_pack(window, sequence_length) for window in _windows(stream, sequence_length))
+        if cache is None:
+            self._index = index_in_memory(packed)
+        else:
+            key = f"{cache.key}/{sequence_length}/{WINDOW_ROWS}"
+            self._index = index_in_files(cache.folder, key, cache.documents, packed)
+        self.n_rows = len(self._index.first_piece) - 1
 
     @property
     def padding_share(self) -> float:
@@ -102,9 +111,8 @@ class BestFit:
 
     @property
     def index_bytes(self) -> int:
-        """Memory of the table of pieces."""
-        tables = (self._starts, self._lengths, self._continues, self._first_piece)
-        return sum(table.nbytes for table in tables)
+        """Size of the table of pieces."""
+        return self._index.nbytes
 
     def read(self, row: int, offset: int, length: int, with_documents: bool) -> Row:
         """The whole row: best fit packs for one length."""
@@ -116,10 +124,10 @@ class BestFit:
         counted = np.zeros(length, dtype=bool)
         document_ids = np.empty(length, dtype=np.int64)
         filled = number = 0
-        for piece in range(self._first_piece[row], self._first_piece[row + 1]):
-            start, size = int(self._starts[piece]), int(self._lengths[piece])
+        for piece in range(self._index.first_piece[row], self._index.first_piece[row + 1]):
+            start, size = int(self._index.starts[piece]), int(self._index.lengths[piece])
             text = self._stream.read(start, size)
-            if self._continues[piece] and filled == 0:
+            if self._index.continues[piece] and filled == 0:
                 tokens[:size] = text
                 size -= 1
                 counted[:size] = True
@@ -128,7 +136,7 @@ class BestFit:
                 tokens[filled + 1 : filled + 1 + size] = text
                 counted[filled : filled + size] = True
                 document_ids[filled : filled + size] = number
-                if self._continues[piece]:
+                if self._index.continues[piece]:
                     # The text does not begin here: its first token is only read, and the end token before it stays
                     # with the document that it ends.
                     counted[filled] = False
@@ -138,18 +146,8 @@ class BestFit:
         return Row(tokens, document_ids if with_documents else None, counted)
 
 
-class _Packed(NamedTuple):
-    """Pieces of the stream in the order of rows. A piece that ``continues`` a document has one token before it."""
-
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    continues: NDArray[np.bool_]
-    pieces_per_row: NDArray[np.int64]
-
-
-def _windows(stream: DocumentStream, sequence_length: int) -> list[NDArray[np.int64]]:
+def _windows(stream: DocumentStream, sequence_length: int) -> Iterator[NDArray[np.int64]]:
     """The edges of neighbouring documents, ``WINDOW_ROWS`` rows' worth at a time; a document is in one window only."""
-    windows = []
     size = WINDOW_ROWS * sequence_length
     first = 0
     while first < stream.total_tokens:
@@ -158,12 +156,11 @@ def _windows(stream: DocumentStream, sequence_length: int) -> list[NDArray[np.in
         while not ends.size:  # a document longer than the window
             stretch = min(2 * stretch, stream.total_tokens - first)
             ends = stream.document_ends(first, stretch)
-        windows.append(np.concatenate([[first], ends]))
+        yield np.concatenate([[first], ends])
         first = int(ends[-1])
-    return windows
 
 
-def _pack(edges: NDArray[np.int64], capacity: int) -> _Packed:
+def _pack(edges: NDArray[np.int64], capacity: int) -> PackedPieces:
     """Best fit, decreasing, of the documents between ``edges`` into rows of ``capacity`` targets."""
     begins, sizes = edges[:-1], np.diff(edges)
     n_whole, rests = np.divmod(sizes, capacity)
@@ -181,7 +178,7 @@ def _pack(edges: NDArray[np.int64], capacity: int) -> _Packed:
     order = np.argsort(-lengths, kind="stable")
     row_of = np.array(_best_fit(lengths[order].tolist(), capacity), dtype=np.int64)
     by_row = order[np.argsort(row_of, kind="stable")]
-    return _Packed(
+    return PackedPieces(
         np.concatenate([full_starts, starts[by_row]]),
         np.concatenate([full_lengths, lengths[by_row]]),
         np.concatenate([full_continues, continues[by_row]]),

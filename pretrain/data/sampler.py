@@ -24,6 +24,8 @@ from pretrain.data.packing import Row
 from pretrain.data.selection import Selection, chosen_documents
 from pretrain.data.sequences import TokenSequences
 
+CACHE_FOLDER = ".cache"
+
 Taken = dict[str, list[tuple[str, NDArray[np.bool_]]]]
 """By fingerprint: the names of the sources, and the documents that each has."""
 
@@ -175,8 +177,9 @@ def open_sampler(section: DataSection, seed: int, vocab_size: int, main: Dataset
         chosen = None if selection.is_everything else chosen_documents(dataset, "train", selection)
         if len(section.all_sources) > 1:
             _require_no_overlap(source.label, dataset, chosen, taken)
+        cache = dataset.folder / CACHE_FOLDER if section.cache is None else Path(section.cache)
         sources.append(
-            TokenSequences(dataset, "train", section.sequence_length, seed, section.packing, selection, chosen)
+            TokenSequences(dataset, "train", section.sequence_length, seed, section.packing, selection, chosen, cache)
         )
     return Sampler(section, sources, seed)
 

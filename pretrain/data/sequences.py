@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,11 @@ from numpy.typing import NDArray
 from data_pipeline.dataset.reader import Dataset
 from data_pipeline.permutation import KeyedPermutation
 from launch.settings import BadInputError
-from pretrain.data.packing import BestFit, Concatenated, Packing, PackingName, Row
+from pretrain.data.packing import BestFit, Concatenated, Packing, PackingCache, PackingName, Row
 from pretrain.data.selection import DocumentStream, Selection
+
+# Fewer documents are packed again in each process: a second of work and some 20 MB.
+CACHED_DOCUMENTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TokenSequences:
     With ``chosen`` (one bool a document) only those documents, which ``selection`` describes. By default documents are
     concatenated, each ended by its end token, and the stream is cut; the last tokens that fill no row are left out of
     training; validation reads them, see ``pretrain.data.validation``. Raises ``BadInputError`` when there is less than
-    one row.
+    one row. With a ``cache`` folder the table of a packing of many documents is kept there, for all processes.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class TokenSequences:
         packing: PackingName = "concatenate",
         selection: Selection = Selection(),  # noqa: B008 (frozen)
         chosen: NDArray[np.bool_] | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.dataset, self.split, self.sequence_length, self.seed = dataset, split, sequence_length, seed
         self.stream = dataset.split(split)
@@ -60,14 +65,18 @@ class TokenSequences:
                 f"{dataset.folder}: {what} {self.documents.total_tokens} tokens, fewer than one sequence of "
                 f"{sequence_length} + 1; use a shorter sequence length or prepare more text"
             )
-        self.packing: Packing = (
-            Concatenated(self.documents, sequence_length)
-            if packing == "concatenate"
-            else BestFit(self.documents, sequence_length, dataset.manifest.end_token_id)
-        )
-        self.n_blocks = self.packing.n_rows
         parts = [part for part in (selection.key(), packing if packing != "concatenate" else "") if part]
         self.key = "/".join([dataset.fingerprint, split, str(sequence_length), *parts])
+        self.packing: Packing
+        if packing == "concatenate":
+            self.packing = Concatenated(self.documents, sequence_length)
+        else:
+            n_documents = sum(shard.document_ends.size for shard in self.stream.shards)
+            n_chosen = n_documents if chosen is None else int(chosen.sum())
+            is_large = n_chosen >= CACHED_DOCUMENTS
+            kept = PackingCache(cache, self.key, n_chosen) if cache is not None and is_large else None
+            self.packing = BestFit(self.documents, sequence_length, dataset.manifest.end_token_id, kept)
+        self.n_blocks = self.packing.n_rows
         self._permutations: dict[int, KeyedPermutation] = {}
 
     def blocks(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,19 +1,70 @@
-"""The held-out split in stream order, dealt to ranks so that every one runs the same number of batches."""
+"""Held-out text: of which data sets, and its batches in stream order, as many on every rank.
+
+Every data set of a mixture holds text out. Each is read once, however many sources choose documents of it, and a source
+is then judged by the domains that it takes; lengths and difficulty are matters of training and choose nothing here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from data_pipeline.dataset.reader import Dataset, TokenStream, open_dataset
+from launch.settings import BadInputError
+from pretrain.config import DataSection
 from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch
 from pretrain.data.packing import document_numbers
-from pretrain.data.sequences import TokenSequences
+from pretrain.data.selection import DocumentStream
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation split of a data set, in sequences of ``sequence_length``.
+
+    ``sources`` has the mixture's sources that are made of this data set, by name: their domains, or None for all.
+    """
+
+    dataset: Dataset
+    sequence_length: int
+    sources: Mapping[str, tuple[str, ...] | None]
+
+    @property
+    def stream(self) -> TokenStream:
+        """The split's tokens."""
+        return self.dataset.split("validation")
+
+    @property
+    def documents(self) -> DocumentStream:
+        """The same tokens, with where documents end."""
+        return DocumentStream(self.stream)
+
+
+def held_out_sets(section: DataSection, main: Dataset, opened: Mapping[Path, Dataset] | None = None) -> list[HeldOut]:
+    """The held-out text of ``main`` (the data set of ``data.path``), then of the mixture's others, each once.
+
+    ``opened`` holds data sets that are open already, by folder. Raises ``BadInputError`` for one that cannot be opened
+    or holds nothing out.
+    """
+    datasets = {main.folder: main, **(opened or {})}
+    sources: dict[Path, dict[str, tuple[str, ...] | None]] = {main.folder: {}}
+    for source in section.all_sources:
+        sources.setdefault(Path(source.path), {})[source.label] = source.domains
+    held_out = [
+        HeldOut(datasets.get(folder) or open_dataset(folder), section.sequence_length, of_folder)
+        for folder, of_folder in sources.items()
+    ]
+    for entry in held_out:
+        if entry.stream.total_tokens < 2:
+            raise BadInputError(f"{entry.dataset.folder}: validation has no two tokens; prepare more text")
+    return held_out
 
 
 def validation_batches(
-    sequences: TokenSequences,
+    held_out: HeldOut,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -28,14 +79,14 @@ def validation_batches(
     All ranks yield the same number of batches of the same shape, since a model's collectives must match: the tail of
     the stream and whole rows are padded with end tokens whose targets are -100 and whose domain is -1.
     """
-    length, stream = sequences.sequence_length, sequences.stream
+    length, stream, documents = held_out.sequence_length, held_out.stream, held_out.documents
     n_blocks = -(-(stream.total_tokens - 1) // length)
     n_chosen = min(limit or n_blocks, n_blocks)
     n_rounds = -(-n_chosen // (batch_size * world_size))
     for step in range(n_rounds):
         first = (step * world_size + rank) * batch_size
         shape = (batch_size, length)
-        input_ids = np.full(shape, sequences.dataset.manifest.end_token_id, dtype=np.int64)
+        input_ids = np.full(shape, held_out.dataset.manifest.end_token_id, dtype=np.int64)
         targets = np.full(shape, IGNORED_TARGET, dtype=np.int64)
         domain_ids = np.full(shape, -1, dtype=np.int64)
         document_ids = np.zeros(shape, dtype=np.int64)
@@ -51,7 +102,7 @@ def validation_batches(
             input_ids[row, :count], targets[row, :count] = tokens[:-1], tokens[1:]
             domain_ids[row, :count] = stream.domain_ids(start + 1, count)
             if with_documents:
-                document_ids[row, :count] = document_numbers(sequences.documents, start + 1, count)
+                document_ids[row, :count] = document_numbers(documents, start + 1, count)
                 document_ids[row, count:] = document_ids[row, count - 1] + 1
             sample_ids.append(block)
         yield Batch(

@@ -1,7 +1,7 @@
 """What adaptive expert caching saves and what it costs, on a small byte-level model of English.
 
-    PYTHONPATH=. nice -n 10 python tests/benchmarks/aec.py            # the numbers of docs/aec.md: 10 minutes, one core
-    PYTHONPATH=. python tests/benchmarks/aec.py --steps 20 --tokens 4096      # a look at how it runs
+    nice -n 10 python tests/benchmarks/aec.py            # the numbers of docs/aec.md: 10 minutes, one core
+    python tests/benchmarks/aec.py --steps 20 --tokens 4096      # a look at how it runs
 
 Two models of the same weights and data: one trained without AEC, one with its default thresholds. Both are evaluated
 on held-out text without AEC and with it at several thresholds, at the trained depth: how many of the routed experts'
@@ -20,6 +20,7 @@ import json
 import lzma
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # data_pipeline.py beside this is a benchmark
 
 from model import IceConfig, IceModel
 from model.expert_cache import ExpertCache

@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+# Last: data_pipeline.py here is a benchmark, not the package.
+sys.path.append(str(Path(__file__).parent))

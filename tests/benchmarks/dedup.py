@@ -1,6 +1,6 @@
 """De-duplication measured: recall on planted copies against the theory, similarity of what goes, and speed.
 
-    PYTHONPATH=. nice -n 2 python tests/benchmarks/dedup.py [--pairs 500] [--picture docs/dedup_recall.png]
+    nice -n 2 python tests/benchmarks/dedup.py [--pairs 500] [--picture docs/dedup_recall.png]
 
 1. ``--pairs`` pairs of each of ten similarities, under two settings, and as many exact copies and unrelated texts, go
    through the stages (``data_pipeline/dedup/planted.py``). Table, and the upper picture.
@@ -18,6 +18,7 @@ import argparse
 import json
 import lzma
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ from datatrove.utils.logging import logger
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # data_pipeline.py beside this is a benchmark
 
 from data_pipeline.clean.words import FastWords
 from data_pipeline.config import DecontaminationSettings, DedupSettings, EvaluationSetSettings

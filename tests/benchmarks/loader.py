@@ -1,7 +1,7 @@
 """How fast samples are found and read, how evenly sources are mixed, and what packing costs.
 
-    PYTHONPATH=. nice -n 2 python tests/benchmarks/loader.py                    # two minutes, one core, 400 MB of /tmp
-    PYTHONPATH=. python tests/benchmarks/loader.py --tokens 20000000 --json loader.json
+    nice -n 2 python tests/benchmarks/loader.py                    # two minutes, one core, 400 MB of /tmp
+    python tests/benchmarks/loader.py --tokens 20000000 --json loader.json
 
 Data: random token ids (uint16) in documents of log-normal length (median 400 tokens, as web text has), as one published
 data set in a temporary folder, read from the page cache. Rates are tokens or samples a second of CPU time of this
@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # data_pipeline.py beside this is a benchmark
 
 from data_pipeline.dataset.reader import TokenStream
 from data_pipeline.dataset.shards import DOCUMENT, ShardWriter, open_shard

@@ -1,6 +1,6 @@
 """Text to token shards: our stage against datatrove's ``DocumentTokenizer``, on one core, the same ids.
 
-    PYTHONPATH=. nice -n 2 python tests/benchmarks/tokenise.py [--vocabulary 16000] [--repeat 1]
+    nice -n 2 python tests/benchmarks/tokenise.py [--vocabulary 16000] [--repeat 1]
 
 reads the embedded corpus (19 MB), trains a tokenizer on it, and times, in seconds of CPU: each encoder alone,
 datatrove's reader and tokenizer (documents not shuffled), and our whole stage (reader, counts, self-check, audit,
@@ -14,6 +14,7 @@ import argparse
 import json
 import lzma
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.utils.logging import logger
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # data_pipeline.py beside this is a benchmark
 
 from data_pipeline.dataset.merge import MergeShards, plan_shards
 from data_pipeline.dataset.tokenise import tokenise_pipeline

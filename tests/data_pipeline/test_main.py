@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,10 @@ def test_a_run_cut_off_in_any_stage_leaves_no_data_set_and_the_next_one_finishes
     for name in ("exact", "split", "shards"):
         with monkeypatch.context() as patch:
 
-            def cut_off(folder: Path, key: str, name: str = name) -> str:
+            def cut_off(folder: Path, key: str, hashes: Mapping[str, str], name: str = name) -> str:
                 if folder.name.startswith(name):
                     raise KeyboardInterrupt
-                return original(folder, key)
+                return original(folder, key, hashes)
 
             patch.setattr(stages, "_write_record", cut_off)
             with pytest.raises(KeyboardInterrupt):
@@ -239,6 +240,29 @@ def test_a_split_that_stays_empty_names_its_setting(
     settings = settings_for(small_corpus, tmp_path / "out", split={"validation_fraction": 1e-9})
     with pytest.raises(BadInputError, match=r"split\.validation_fraction = 1e-09: leaves no document for validation"):
         run_pipeline(settings)
+
+
+def test_shards_are_not_read_again_to_be_hashed_and_the_digest_is_the_same(
+    small_dataset: Path,
+    small_corpus: Path,
+    tmp_path: Path,
+    settings_for: SettingsFor,
+    run_pipeline: RunPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed: list[str] = []
+    original = stages.sha256_of
+    monkeypatch.setattr(stages, "sha256_of", lambda path: hashed.append(path.name) or original(path))
+    run_pipeline(settings_for(small_corpus, tmp_path / "data"))
+    assert "documents.jsonl.gz" in hashed
+    assert not [name for name in hashed if name.startswith("shard_") and not name.endswith(".json")]
+    (record,) = (tmp_path / "data" / ".stages").glob("shards-*/DONE.json")
+    files = [path for path in record.parent.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(record.parent)): path for path in files}
+    outputs = {name: path for name, path in names.items() if name.split("/")[0] not in ("logs", "tallies", "DONE.json")}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in outputs.items()}
+    independent = stages.digest_of(hashes)
+    assert json.loads(record.read_text())["digest"] == independent
 
 
 def test_two_runs_on_one_output_do_not_mix_and_a_killed_one_holds_nothing(

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from amplified import amplified
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,15 +34,7 @@ def with_fields(config: IceConfig, **fields: object) -> IceConfig:
 
 def lively(config: IceConfig) -> IceModel:
     """Updates, logits and differences between loops so large that a wrong row of the past cannot hide."""
-    model = IceModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "head.weight")):
-            parameter.data.mul_(5)
-        if name.endswith("step_embedding.gain"):
-            parameter.data.fill_(0.3)
-        if name.endswith("gate.weight"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return amplified(config, logits=True, uneven=("gate.weight",)).eval()
 
 
 def ids_for(config: IceConfig, batch: int = 2, length: int = 30) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from amplified import amplified
 
 from model import IceConfig, IceModel
 from model.attention import Cache
@@ -23,11 +24,7 @@ LENGTHS = (5, 11, 1, 13)
 def lively(config: IceConfig) -> IceModel:
     """Updates so large that a token of another document would show."""
     torch.manual_seed(5)
-    model = IceModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "head.weight")):
-            parameter.data.mul_(5)
-    return model
+    return amplified(config, logits=True).eval()
 
 
 def packed(config: IceConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from amplified import amplified
 from pydantic import ValidationError
 from slow_reference import naive_route
 from torch import nn
@@ -268,13 +269,9 @@ def test_an_input_that_did_not_move_at_all_is_computed_with_a_drift_of_zero() ->
 
 
 def lively(config: IceConfig) -> IceModel:
-    """A model whose updates are as large as its state, as in tests/model/test_loop.py."""
-    model = IceModel(config)
+    """Updates as large as the state, and a router that is sure of itself more often."""
+    model = amplified(config)
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-            parameter.data.mul_(5)
-        if name.endswith("step_embedding.gain"):
-            parameter.data.fill_(0.3)
         if name.endswith("router.weight"):
             parameter.data.mul_(2)
     return model

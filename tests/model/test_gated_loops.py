@@ -1,5 +1,6 @@
 import pytest
 import torch
+from amplified import amplified
 from slow_reference import naive_attention, naive_rope
 
 from model import IceConfig, IceModel
@@ -26,15 +27,7 @@ def gated(config: IceConfig) -> GatedLoopAttention:
 
 
 def lively(config: IceConfig) -> IceModel:
-    model = IceModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-            parameter.data.mul_(5)
-        if "gate_bias" in name or name.endswith(".gate.weight"):
-            torch.nn.init.normal_(parameter, std=0.3)
-        if name.endswith("step_embedding.gain"):
-            parameter.data.fill_(0.3)
-    return model
+    return amplified(config, uneven=("gate_bias", ".gate.weight")).eval()
 
 
 def site(config: IceConfig, loop: int) -> Site:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from amplified import amplified
 
 from model import IceConfig, IceModel
 from model.attention import Cache
@@ -33,11 +34,7 @@ def model(request: pytest.FixtureRequest) -> IceModel:
 def lively(config: IceConfig) -> IceModel:
     """Updates and logits large enough that a wrong cache changes the chosen tokens."""
     torch.manual_seed(3)
-    model = IceModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "head.weight")):
-            parameter.data.mul_(5)
-    return model
+    return amplified(config, logits=True).eval()
 
 
 def prompt(model: IceModel, batch: int = 2, length: int = 9) -> torch.Tensor:

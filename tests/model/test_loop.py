@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from amplified import amplified
 
 from model import IceConfig, IceModel, LoopedOutput
 from model.step_embedding import LoopStepEmbedding
@@ -29,17 +30,6 @@ STRUCTURES = {
 
 def with_fields(config: IceConfig, **fields: object) -> IceConfig:
     return IceConfig.model_validate(config.model_dump() | fields)
-
-
-def lively(config: IceConfig) -> IceModel:
-    """A model whose updates are as large as its state, so that a wrong term cannot hide behind small weights."""
-    model = IceModel(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-            parameter.data.mul_(5)
-        if name.endswith("step_embedding.gain"):
-            parameter.data.fill_(0.3)
-    return model
 
 
 def ids_for(config: IceConfig, batch: int = 2, length: int = 12) -> torch.Tensor:
@@ -72,7 +62,7 @@ def test_every_structure_trains_every_parameter(structure: str) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_checkpointing_changes_no_bit(structure: str, n_loops: int) -> None:
     config = STRUCTURES[structure]
-    model = lively(config)
+    model = amplified(config)
     ids = ids_for(config)
     for grad_loops in (None, 2):
         torch.manual_seed(7)
@@ -89,7 +79,7 @@ def test_checkpointing_changes_no_bit(structure: str, n_loops: int) -> None:
 
 
 def test_checkpointing_stores_less() -> None:
-    model = lively(SMALL)
+    model = amplified(SMALL)
     ids = ids_for(SMALL, length=40)
     stored_bytes = {}
     for policy in ("none", "loop"):
@@ -107,7 +97,7 @@ def test_checkpointing_stores_less() -> None:
 
 
 def test_loop_is_the_formula() -> None:
-    model = lively(SMALL).eval()
+    model = amplified(SMALL).eval()
     ids = ids_for(SMALL)
     captured: dict[str, Any] = {}
     model.prelude_norm.register_forward_hook(lambda module, args, output: captured.update(e=output))
@@ -131,7 +121,7 @@ def test_loop_is_the_formula() -> None:
 @pytest.mark.parametrize("structure", ["gqa_moe", "act"])
 def test_truncated_backpropagation_is_the_gradient_with_earlier_states_constant(structure: str) -> None:
     config = STRUCTURES[structure]
-    model = lively(config)
+    model = amplified(config)
     ids = ids_for(config)
     actual = gradients(model, ids, n_loops=5, grad_loops=2)
 
@@ -155,12 +145,12 @@ def test_truncated_backpropagation_is_the_gradient_with_earlier_states_constant(
     assert actual.keys() == expected.keys()
     for name in actual:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-4, msg=name)
-    full = gradients(lively(config), ids, n_loops=5)
+    full = gradients(amplified(config), ids, n_loops=5)
     assert any(not torch.allclose(actual[name], full[name]) for name in actual)
 
 
 def test_truncation_longer_than_the_loop_is_no_truncation() -> None:
-    model = lively(SMALL)
+    model = amplified(SMALL)
     ids = ids_for(SMALL)
     full, longer = gradients(model, ids, n_loops=3), gradients(model, ids, n_loops=3, grad_loops=9)
     assert all(torch.equal(full[name], longer[name]) for name in full)
@@ -169,7 +159,7 @@ def test_truncation_longer_than_the_loop_is_no_truncation() -> None:
 @pytest.mark.parametrize("structure", ["gqa_moe", "mla_moe", "act", "dense"])
 def test_each_sequence_stops_at_its_own_depth(structure: str) -> None:
     config = STRUCTURES[structure]
-    model = lively(config)
+    model = amplified(config)
     ids = ids_for(config, batch=4)
     depths = torch.tensor([1, 5, 3, 9])
     together = model(ids, n_loops=5, sequence_loops=depths, return_output=True)
@@ -182,7 +172,7 @@ def test_each_sequence_stops_at_its_own_depth(structure: str) -> None:
 
 
 def test_residual_is_the_last_loops_relative_change() -> None:
-    model = lively(SMALL).eval()
+    model = amplified(SMALL).eval()
     ids = ids_for(SMALL)
     states: list[torch.Tensor] = []
     model.core.register_forward_hook(lambda module, args, output: states.append(output.h_BSD))
@@ -196,7 +186,7 @@ def test_residual_is_the_last_loops_relative_change() -> None:
 
 
 def test_default_depth_is_max_loop_iters_and_deeper_is_possible() -> None:
-    model = lively(SMALL).eval()
+    model = amplified(SMALL).eval()
     ids = ids_for(SMALL)
     assert torch.equal(model(ids), model(ids, n_loops=SMALL.max_loop_iters))
     deep = model(ids, n_loops=64)
@@ -204,7 +194,7 @@ def test_default_depth_is_max_loop_iters_and_deeper_is_possible() -> None:
 
 
 def test_state_stays_bounded_at_any_depth() -> None:
-    model = lively(SMALL).eval()
+    model = amplified(SMALL).eval()
     torch.nn.init.constant_(model.core.injection.log_A, -math.inf)
     torch.nn.init.constant_(model.core.injection.log_dt, -math.inf)
     norms: list[float] = []
@@ -226,7 +216,7 @@ def test_step_embedding_is_distinct_and_bounded_for_every_loop() -> None:
 
 def test_random_initial_state_differs_in_training_and_is_fixed_in_evaluation() -> None:
     config = STRUCTURES["random_state"]
-    model = lively(config)
+    model = amplified(config)
     ids = ids_for(config)
     assert not torch.equal(model(ids), model(ids))
     model.eval()
@@ -234,7 +224,7 @@ def test_random_initial_state_differs_in_training_and_is_fixed_in_evaluation() -
 
 
 def test_load_is_counted_per_loop_and_layer() -> None:
-    model = lively(SMALL)
+    model = amplified(SMALL)
     chosen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for layer, block in enumerate(model.core.blocks):
         block.ffn.router.register_forward_hook(

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from amplified import amplified
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +28,7 @@ def with_fields(config: IceConfig, **fields: object) -> IceConfig:
 
 
 def lively(config: IceConfig) -> IceModel:
-    model = IceModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "head.weight")):
-            parameter.data.mul_(5)
-    return model
+    return amplified(config, logits=True).eval()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from amplified import amplified
 from slow_reference import naive_rope
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -365,17 +366,6 @@ def test_where_no_kernel_applies_scores_are_written_out(monkeypatch: pytest.Monk
 # --- the model
 
 
-def lively(config: IceConfig) -> IceModel:
-    """Updates as large as the state, so that a wrong term cannot hide behind small weights."""
-    model = IceModel(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-            parameter.data.mul_(5)
-        if name.endswith("step_embedding.gain"):
-            parameter.data.fill_(0.3)
-    return model
-
-
 def gradients(model: IceModel, ids: torch.Tensor, **kwargs: object) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss = F.cross_entropy(model(ids[:, :-1], **kwargs).flatten(0, 1), ids[:, 1:].flatten())
@@ -403,7 +393,7 @@ def test_every_parameter_is_trained(fields: dict[str, object]) -> None:
 
 @torch.no_grad()
 def test_the_core_hands_the_layer_as_many_loops_as_the_window_says() -> None:
-    model, longer = lively(GROUPED).eval(), IceModel(with_fields(GROUPED, moda_history_window=3)).eval()
+    model, longer = amplified(GROUPED).eval(), IceModel(with_fields(GROUPED, moda_history_window=3)).eval()
     longer.load_state_dict(model.state_dict())
     ids = torch.randint(0, 256, (2, 8))
     # Windows of two and three loops part in the fourth.
@@ -414,7 +404,7 @@ def test_the_core_hands_the_layer_as_many_loops_as_the_window_says() -> None:
 @pytest.mark.parametrize("n_loops", [1, 3, 5])
 @pytest.mark.parametrize("config", [GROUPED, SLIDING], ids=["full", "sliding"])
 def test_checkpointing_changes_no_bit(config: IceConfig, n_loops: int) -> None:
-    model = lively(config)
+    model = amplified(config)
     ids = torch.randint(0, 256, (2, 12))
     for grad_loops in (None, 1, 2):
         model.set_remat("none")
@@ -430,7 +420,7 @@ def test_checkpointing_changes_no_bit(config: IceConfig, n_loops: int) -> None:
 @pytest.mark.parametrize("pieces", [[1] * 10, [4, 1, 3, 1, 1]], ids=["single", "chunks"])
 @torch.no_grad()
 def test_decoding_equals_the_full_forward(config: IceConfig, n_loops: int, pieces: list[int]) -> None:
-    model = lively(config).eval()
+    model = amplified(config).eval()
     ids = torch.randint(0, 256, (2, 10))
     cache = Cache()
     actual = torch.cat([model(piece, n_loops, cache=cache) for piece in ids.split(pieces, dim=1)], dim=1)
@@ -449,7 +439,7 @@ def test_the_cache_holds_what_gqas_does() -> None:
 
 @torch.no_grad()
 def test_padded_rows_say_what_they_say_alone() -> None:
-    model = lively(GROUPED).eval()
+    model = amplified(GROUPED).eval()
     ids = torch.randint(0, 256, (1, 7))
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.int64), ids), dim=1)
     both = torch.cat((padded, torch.randint(0, 256, (1, 10))))

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from amplified import amplified
 
 from model import IceConfig, IceModel
 from model.depth import DepthPlan
@@ -11,14 +12,7 @@ CONFIG = IceConfig(msrd_scales=(1, 2, 4), recurrent_layers=2, qk_norm=True).scal
 
 
 def lively(config: IceConfig) -> IceModel:
-    """Updates as large as the state, and a gate that is not even."""
-    model = IceModel(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-            parameter.data.mul_(5)
-        if "fusion" in name:
-            parameter.data.normal_(std=0.3)
-    return model
+    return amplified(config, uneven=("fusion",))
 
 
 def captured_core_call(model: IceModel, ids: torch.Tensor, **kwargs: object) -> dict:

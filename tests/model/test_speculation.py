@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from amplified import amplified
 
 from model import IceConfig, IceModel
 from model.adaptive_depth import AdaptiveDepth
@@ -58,10 +59,7 @@ class FickleHeads(DepthHeads):
 def lively(config: IceConfig) -> IceModel:
     """Updates and logits large enough that a wrong cache changes tokens, and heads by which depths differ."""
     torch.manual_seed(3)
-    model = IceModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "head.weight")):
-            parameter.data.mul_(5)
+    model = amplified(config, logits=True).eval()
     if config.slu:
         model.depth_heads = FickleHeads()
     return model

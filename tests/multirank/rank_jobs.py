@@ -17,6 +17,7 @@ from torch import Tensor
 from launch.environment import discover_place
 from launch.settings import parse_settings
 from model.expert_parallel import is_local_expert, to_plain_names
+from pretrain.checkpoint.snapshot import HostBuffers
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import TrainingEngine
 from pretrain.losses import language_model_loss, training_objective
@@ -211,12 +212,22 @@ def draw_depths(values: dict[str, Any], steps: int) -> list[int]:
     return [sample_loops(config.loop, config.mean_loops, config.run.seed, step) for step in range(1, steps + 1)]
 
 
+def save_engine(engine: TrainingEngine, folder: Path, tag: str) -> None:
+    """The engine's files as a checkpoint has them: written from a copy."""
+    for name, value in engine.snapshot(folder, tag, HostBuffers().copy).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(value, folder / name)
+    if engine.place.is_first:
+        torch.save(engine.selection_biases(), folder / "biases.pt")
+    engine.barrier()
+
+
 def save_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -> Trace:
     """Train half of ``steps``, save, train the rest; the trace of the rest."""
     engine = start_engine(values)
     half = len(steps) // 2
     train_on(engine, steps[:half])
-    engine.save(folder, "saved")
+    save_engine(engine, folder, "saved")
     trace = train_on(engine, steps[half:], first_step=half)
     end_engine(engine)
     return trace
@@ -232,32 +243,17 @@ def load_and_continue(values: dict[str, Any], folder: Path, steps: list[Step]) -
     return trace
 
 
-def convert_checkpoint(folder: Path, output: Path) -> str:
-    """``ds_to_universal`` on the first rank, and what ``zero_to_fp32`` says to the same files."""
-    from argparse import Namespace
-
-    from deepspeed.checkpoint import ds_to_universal
+def answer_of_zero_to_fp32(folder: Path) -> str:
+    """What DeepSpeed's converter to plain weights says on the first rank."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if not discover_place().is_first:
         return ""
     try:
         get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="saved")
-        answer = "accepted"
     except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(folder / "saved"),
-            output_folder=str(output),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )
-    )
-    return answer
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
 
 
 def refusal_of(values: dict[str, Any]) -> str:
@@ -509,3 +505,45 @@ def run_with_storage_fault(values: dict[str, Any], fault: str) -> tuple[int | st
     assert time.monotonic() - started < 55, "waited for the read after all"
     released.set()
     return status, said.getvalue()
+
+
+def reshape_and_continue(
+    values: dict[str, Any], folder: Path, steps: list[Step], mend: bool = True
+) -> tuple[Trace, list[dict[str, Any]]]:
+    """The second half of ``save_and_continue`` from the universal format; and the optimizer's groups and steps."""
+    engine = start_engine({**values, "run": {"seed": 99}})
+    with contextlib.nullcontext() if mend else mock.patch("pretrain.engine.mended", contextlib.nullcontext):
+        engine.load_universal(folder, "universal")
+    for name, bias in torch.load(folder / "biases.pt", weights_only=True).items():
+        engine.selection_biases()[name].copy_(bias)
+    adam = engine._engine.optimizer.optimizer
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in adam.param_groups]
+    half = len(steps) // 2
+    trace = train_on(engine, steps[half:], first_step=half)
+    counts = [float(state["step"]) for state in adam.state.values()]
+    end_engine(engine)
+    return trace, [*groups, {"steps": counts}]
+
+
+def train_and_record_batches(values: dict[str, Any]) -> tuple[int, list[list[Any]]]:
+    """The training command's status, and this rank's batches of each step in the order in which it took them."""
+    import pretrain.data
+    from pretrain.main import train as train_command
+
+    steps: list[list[Any]] = []
+
+    class Recorder(pretrain.data.Prefetcher):
+        def step_batches(self, next_sample: int, give_up: Callable[[], bool]) -> list[pretrain.data.Batch] | None:
+            batches = super().step_batches(next_sample, give_up)
+            if batches is not None:
+                steps.append(batches)
+            return batches
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    place = discover_place()
+    check_topology(config, place.world_size, "scenario")
+    with (
+        mock.patch.object(TrainingEngine, "close", end_engine),
+        mock.patch.object(pretrain.data, "Prefetcher", Recorder),
+    ):
+        return train_command(config, place), steps

@@ -6,11 +6,13 @@ warning, and resumed again; it must end with the same numbers, to the bit.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from data_pipeline.dataset.publish import build_manifest, publish
 from data_pipeline.dataset.reader import open_dataset
 from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.tokenizer.bpe import SentencePieceTokenizer, train_tokenizer
+from pretrain.data import TokenSequences
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
 
@@ -40,14 +43,14 @@ VOCABULARY = 300
 
 
 def make_dataset(folder: Path, seed: int) -> Path:
-    """A data set of random sentences in two domains; returns its folder."""
+    """A data set of random sentences in two domains; returns its folder. 20 steps read its training part twice over."""
     generator = random.Random(seed)
     stage = folder / "stage"
     stage.mkdir(parents=True)
-    documents = [" ".join(generator.choices(SENTENCE.split(), k=120)) for _ in range(60)]
+    documents = [" ".join(generator.choices(SENTENCE.split(), k=120)) for _ in range(22)]
     (stage / "t.model").write_bytes(train_tokenizer(documents, VOCABULARY))
     tokenizer = SentencePieceTokenizer.load(stage / "t.model")
-    for split, chosen in (("train", documents[:50]), ("validation", documents[50:])):
+    for split, chosen in (("train", documents[:12]), ("validation", documents[12:])):
         with ShardWriter(stage / split / "00000_00000.tokens", VOCABULARY) as writer:
             for number, text in enumerate(chosen):
                 writer.add([*tokenizer.encode(text), tokenizer.end_id], len(text.encode()), number % 2)
@@ -104,11 +107,11 @@ def write_config(folder: Path, data: Path, name: str, wandb: str = "disabled") -
 class Launch:
     """A training command in a session of its own, so that killing it cannot miss a rank or hit anyone else."""
 
-    def __init__(self, root: Path, config: Path, *arguments: str) -> None:
+    def __init__(self, root: Path, config: Path, *arguments: str, ranks: int = 2) -> None:
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         launcher = Path(sys.executable).parent / "deepspeed"
         self.port = random.SystemRandom().randrange(20000, 30000)  # runs beside this one use the launcher's default
-        command = [str(launcher), "--num_gpus", "2", "--master_port", str(self.port), "--log_level", "error"]
+        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(self.port), "--log_level", "error"]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -152,6 +155,14 @@ class Launch:
         """DeepSpeed's buffers in /dev/shm are memory: 66 MiB a rank, for ever, if nobody takes them away."""
         assert not list(Path("/dev/shm").glob(f"*_{self.port}_*"))
 
+    def wait_for_file(self, folder: Path, pattern: str, timeout_seconds: float = 240) -> None:
+        """Return when ``folder`` holds a file like ``pattern``."""
+        deadline = time.monotonic() + timeout_seconds
+        while not any(folder.glob(pattern)):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"no {pattern}:\n{self.log.read_text()[-5000:]}")
+            time.sleep(0.001)
+
     def wait_for_step(self, run: Path, step: int, timeout_seconds: float = 120) -> None:
         """Return when ``metrics.jsonl`` has a line of ``step``."""
         deadline = time.monotonic() + timeout_seconds
@@ -159,6 +170,28 @@ class Launch:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"step {step} was not reached:\n{self.log.read_text()[-5000:]}")
             time.sleep(0.01)
+
+
+def read_history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) of every row in an offline run's file, which is a log in LevelDB's format of protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        if room < 7:  # a record's header does not cross blocks
+            position += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if position > len(data):
+            return  # cut short by a kill
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                yield record.history.step.num, {each.key: json.loads(each.value_json) for each in record.history.item}
 
 
 def training_lines(run: Path) -> list[dict[str, Any]]:
@@ -184,8 +217,30 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert (run / last / name).read_bytes() == (expected / last / name).read_bytes(), name
 
 
+def samples_an_epoch(run: Path) -> int:
+    """Rows in the training split of a run's data set."""
+    config = json.loads((run / "config.json").read_text())
+    length, seed = config["data"]["sequence_length"], config["run"]["seed"]
+    return TokenSequences(open_dataset(Path(config["data"]["path"])), "train", length, seed).n_blocks
+
+
 def committed(run: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json"))
+
+
+def assert_history_without_gaps(run: Path) -> None:
+    """What W&B was told over all starts: every step, in order within a start, and the same when it was told again."""
+    losses = {line["step"]: line["loss"] for line in training_lines(run)}
+    told: dict[int, float] = {}
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 4
+    for file in files:
+        rows = dict(read_history(file))  # of a start that was killed, perhaps none
+        assert list(rows) == list(range(min(rows, default=0), max(rows, default=-1) + 1)), file.name
+        assert all(row["loss"] == losses[step] for step, row in rows.items())
+        assert all("validation_bits_per_byte" in rows[step] for step in (10, 20) if step in rows)
+        told.update({step: row["loss"] for step, row in rows.items()})
+    assert told == losses
 
 
 @pytest.fixture(scope="module")
@@ -235,22 +290,57 @@ def test_a_run_stopped_and_killed_and_resumed_is_the_undisturbed_run_to_the_bit(
     stopped_at = committed(run)[-1]
     assert 6 <= stopped_at < 10, "the machine was slow to deliver a signal"
 
+    # Killed while step 10 is written: it was committed or not.
     launch = Launch(repository_root, config)
-    launch.wait_for_step(run, 11)
-    time.sleep(random.SystemRandom().uniform(0, 0.5))
+    launch.wait_for_file(run / "checkpoints", "partial_step_00000010_*/content/engine/*")
     launch.kill()
     assert f"resuming after step {stopped_at}" in launch.log.read_text()
-    reached = training_lines(run)[-1]["step"]
-    assert 11 <= reached < STEPS, "killed too late to show anything"
+    assert 10 <= training_lines(run)[-1]["step"] < 15, "killed too late to show anything"
+    survived = committed(run)[-1]
+    assert survived in (stopped_at, 10)
+
+    # Killed between two saves, in the second epoch of the data.
+    launch = Launch(repository_root, config)
+    launch.wait_for_step(run, 12)
+    time.sleep(random.SystemRandom().uniform(0, 0.5))
+    launch.kill()
+    assert f"resuming after step {survived}" in launch.log.read_text()
+    assert 12 <= training_lines(run)[-1]["step"] < STEPS, "killed too late to show anything"
+    survived = committed(run)[-1]
 
     status, output = Launch(repository_root, config).end()
     assert status == 0, output
-    assert "resuming after step 1" in output
+    assert f"resuming after step {survived}" in output
+    assert stopped_at * 16 < samples_an_epoch(run) < 12 * 16, "the epoch must end between the starts"
     assert_same_run(run, undisturbed)
+    assert not [path.name for path in (run / "checkpoints").iterdir() if "partial" in path.name], "remains of a kill"
+    assert json.loads((run / "generation.json").read_text())["generation"] == 4
     ids = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
     state = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
     assert ids == {state["wandb_id"]}
-    assert len(list((run / "wandb").glob("offline-run-*"))) >= 2
+    assert_history_without_gaps(run)
+
+
+@pytest.mark.skipif(
+    not shutil.which("mpirun") or not importlib.util.find_spec("mpi4py"),
+    reason="mpirun or mpi4py is missing: apt-get install openmpi-bin; pip install -c constraints.txt mpi4py",
+)
+def test_mpirun_trains_as_the_launcher_does(place: Path, undisturbed: Path, repository_root: Path) -> None:
+    config = write_config(place, place / "data", "mpi")
+    options = ["-n", "2", "--oversubscribe", "--bind-to", "none"]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = subprocess.run(
+        ["mpirun", *options, sys.executable, "pretrain/main.py", "--config", str(config)],
+        cwd=repository_root,
+        env={**os.environ, **root, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same_run(place / "runs" / "mpi", undisturbed)
 
 
 def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(
@@ -292,7 +382,6 @@ def test_a_changed_model_ends_with_one_line_and_status_78(
         ({"data": {"path": "other/data"}}, "data.fingerprint was"),
         ({"run": {"seed": 12}}, "data.seed was 11, is 12"),
         ({"data": {"global_batch_size": 32}}, "data.global_batch_size was 16, is 32"),
-        ({"parallel": {"expert_parallel_size": 1}}, "topology.expert_parallel_size was 2, is 1"),
         ({"parallel": {"zero_stage": 2}}, "topology.zero_stage was 3, is 2"),
     ],
 )
@@ -307,6 +396,38 @@ def test_other_data_or_another_topology_is_refused_by_name(
     for answer in two_ranks.run(rank_jobs.refusal_of_training, values=values):
         assert answer.startswith("BadInputError"), answer
         assert expected in answer
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_changed(
+    place: Path, undisturbed: Path, repository_root: Path, ranks: int
+) -> None:
+    name = f"elastic_{ranks}"
+    run = place / "runs" / name
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
+    config = write_config(place, place / "data", name)
+    saved = f"step_{STEPS - EVERY:08d}"
+    if ranks == 1:  # made ahead by the command, and by the run itself
+        subprocess.run(
+            [sys.executable, "launch/reshape.py", "--run", str(run)], cwd=repository_root, check=True, timeout=300
+        )
+    arguments = ("--set", f"parallel.expert_parallel_size={ranks}")
+    status, output = Launch(repository_root, config, *arguments, ranks=ranks).end(timeout_seconds=400)
+    assert status == 0, output
+    how = "loaded from" if ranks == 1 else "converted in"
+    assert f"checkpoint {saved}: ranks 2 to {ranks}, expert_parallel_size 2 to {ranks}; {how}" in output
+    assert (run / "checkpoints" / f"universal_{saved}" / "manifest.json").exists()
+    lines, expected = training_lines(run), training_lines(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, other in zip(lines, expected, strict=True):
+        for key in ("lr", "loops", "tokens", "next_sample"):
+            assert line[key] == other[key], key
+        for key in ("loss", "shallow_loss", "depth_contrast"):
+            assert line[key] == pytest.approx(other[key], rel=1e-5), f"{key} of step {line['step']}"
+    assert evaluation_lines(run)[-1]["validation_bits_per_byte"] == pytest.approx(
+        evaluation_lines(undisturbed)[-1]["validation_bits_per_byte"], rel=1e-5
+    )
 
 
 def test_a_plan_through_the_launcher_starts_no_run(place: Path, repository_root: Path) -> None:

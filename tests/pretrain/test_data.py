@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 from data_pipeline.dataset.reader import Dataset, open_dataset
 from data_pipeline.permutation import KeyedPermutation
 from launch.settings import BadInputError
+from pretrain.config import DataSection
 from pretrain.data import (
     IGNORED_TARGET,
     PADDING_SAMPLE,
     BatchLoader,
+    HeldOut,
     TokenSequences,
     check_vocabulary,
+    held_out_sets,
     validation_batches,
 )
 
@@ -109,10 +113,10 @@ def test_a_batch_that_does_not_divide_is_refused(dataset: Dataset, size: int, mi
 def test_validation_makes_every_token_but_the_first_a_target_once_with_its_domain(
     dataset: Dataset, length: int, batch_size: int, world_size: int
 ) -> None:
-    sequences = TokenSequences(dataset, "validation", length, seed=0)
+    held_out = HeldOut(dataset, length, {})
     stream = whole_stream(dataset, "validation")
     domains = dataset.split("validation").domain_ids(0, stream.size)
-    batches = [list(validation_batches(sequences, batch_size, rank, world_size)) for rank in range(world_size)]
+    batches = [list(validation_batches(held_out, batch_size, rank, world_size)) for rank in range(world_size)]
     assert len({len(of_rank) for of_rank in batches}) == 1, "collectives must match"
     seen: Counter[int] = Counter()
     for batch in (batch for of_rank in batches for batch in of_rank):
@@ -135,13 +139,32 @@ def test_validation_makes_every_token_but_the_first_a_target_once_with_its_domai
 def test_limited_validation_is_the_same_spread_out_sequences_on_any_ranks(
     dataset: Dataset, limit: int, batch_size: int, world_size: int
 ) -> None:
-    sequences = TokenSequences(dataset, "validation", 10, seed=0)
-    of_ranks = [list(validation_batches(sequences, batch_size, rank, world_size, limit)) for rank in range(world_size)]
+    held_out = HeldOut(dataset, 10, {})
+    of_ranks = [list(validation_batches(held_out, batch_size, rank, world_size, limit)) for rank in range(world_size)]
     assert len({len(batches) for batches in of_ranks}) == 1
     ids = sorted(i for batches in of_ranks for batch in batches for i in batch.sample_ids if i != PADDING_SAMPLE)
-    n_blocks = -(-(sequences.stream.total_tokens - 1) // 10)
+    n_blocks = -(-(held_out.stream.total_tokens - 1) // 10)
     assert len(ids) == len(set(ids)) == min(limit, n_blocks)
     assert max(np.diff([-1, *ids, n_blocks])) <= -(-n_blocks // len(ids)) + 1
+
+
+def test_each_data_set_of_a_mixture_is_held_out_once_and_knows_its_sources(
+    dataset: Dataset, dataset_maker: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    other = dataset_maker(tmp_path / "other", seed=4)
+    sources = [
+        {"path": str(dataset.folder), "name": "easy", "domains": ["a", "b"]},
+        {"path": str(other.folder), "name": "new"},
+        {"path": str(dataset.folder), "name": "hard", "domains": ["c"]},
+    ]
+    section = DataSection.model_validate({"sources": sources, "sequence_length": 16})
+    main, second = held_out_sets(section, dataset, {other.folder: other})
+    assert main.dataset is dataset
+    assert main.sources == {"easy": ("a", "b"), "hard": ("c",)}
+    assert second.dataset is other
+    assert second.sources == {"new": None}
+    (alone,) = held_out_sets(DataSection(path=str(dataset.folder)), dataset)
+    assert list(alone.sources.values()) == [None]
 
 
 def test_the_order_is_frozen_for_one_data_set(dataset: Dataset) -> None:

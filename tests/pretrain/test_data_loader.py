@@ -20,6 +20,7 @@ from pretrain.data import (
     IGNORED_TARGET,
     Batch,
     BatchLoader,
+    HeldOut,
     Prefetcher,
     SlowDataError,
     TokenSequences,
@@ -137,9 +138,9 @@ def test_targets_that_do_not_count_are_ignored() -> None:
 
 
 def test_validation_with_documents_has_the_same_targets(dataset: Dataset) -> None:
-    sequences = TokenSequences(dataset, "validation", 20, seed=0)
-    plain = list(validation_batches(sequences, 4))
-    masked = list(validation_batches(sequences, 4, with_documents=True))
+    held_out = HeldOut(dataset, 20, {})
+    plain = list(validation_batches(held_out, 4))
+    masked = list(validation_batches(held_out, 4, with_documents=True))
     ends = np.cumsum(
         [n for shard in dataset.split("validation").shards for n in np.diff(shard.document_ends, prepend=np.uint64(0))]
     )
@@ -205,7 +206,7 @@ def test_the_trainer_hands_document_ids_to_the_engine_only_when_there_are_any(
     objective = SimpleNamespace(total=term, terms={"loss": term.detach()})
     monkeypatch.setattr(pretrain.trainer, "training_objective", lambda *_: objective)
     config: Any = SimpleNamespace(
-        loop=SimpleNamespace(grad_loops=None, cdl=None), model=SimpleNamespace(slu=False), run=SimpleNamespace(seed=0)
+        loop=SimpleNamespace(grad_loops=None, cdl=None), model=SimpleNamespace(slu=False, initial_state="zeros"), run=SimpleNamespace(seed=0)
     )
     sequences = TokenSequences(dataset, "train", 8, seed=0)
     for mask in (False, True):

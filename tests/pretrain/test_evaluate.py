@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from pretrain.data import Batch
-from pretrain.evaluate import Tally, default_depths
+from pretrain.data import Batch, HeldOut
+from pretrain.evaluate import Tally, combine, default_depths
 from pretrain.losses import IGNORED_TARGET
 
 
@@ -45,6 +46,38 @@ def test_sums_of_two_ranks_give_the_result_of_one() -> None:
     second.add(halves[1], logits[1:])
     summed = [a + b for a, b in zip(first.values(), second.values(), strict=True)]
     assert first.result(summed).bits_per_byte == pytest.approx(alone.result().bits_per_byte, rel=1e-12)
+
+
+def test_sources_are_judged_by_their_domains_and_data_sets_by_their_own() -> None:
+    token_bytes = torch.tensor([0, 3, 5])
+    batch, logits = batch_with_uniform_logits(3)
+    main, other = (Tally(["prose", "technical"], token_bytes) for _ in range(2))
+    main.add(batch, logits)
+    other.add(batch, logits + torch.tensor([0.0, 1.0, 2.0]))
+    dataset: Any = None
+    held_out = [
+        HeldOut(dataset, 4, {"easy": ("prose",), "dull": ("technical",)}),
+        HeldOut(dataset, 4, {"new": None, "absent": ("verse",)}),
+    ]
+    result = combine(held_out, [main, other])
+    assert (result.bits_per_byte, result.tokens) == (main.result().bits_per_byte, 7)
+    assert list(result.by_source) == ["easy", "dull", "new"]
+    assert result.by_source["easy"].bits_per_byte == result.bits_per_byte_by_domain["prose"]
+    assert result.by_source["easy"].bits_per_byte_by_domain.keys() == {"prose"}
+    assert result.by_source["easy"].tokens + result.by_source["dull"].tokens == 7
+    assert result.by_source["new"] == other.result()
+    # As over two ranks that saw the same: twice the sums, the same means.
+    doubled = combine(held_out, [main, other], [2 * value for value in (*main.values(), *other.values())])
+    assert doubled.by_source["new"].bits_per_byte == pytest.approx(other.result().bits_per_byte)
+    assert doubled.tokens == 14
+
+
+def test_one_data_set_has_no_sources_to_tell_apart() -> None:
+    dataset: Any = None
+    tally = Tally(["prose", "technical"], torch.tensor([0, 3, 5]))
+    tally.add(*batch_with_uniform_logits(3))
+    assert combine([HeldOut(dataset, 4, {"data": None})], [tally]).by_source == {}
+    assert list(combine([HeldOut(dataset, 4, {"data": ("prose",)})], [tally]).by_source) == ["data"]
 
 
 def test_default_depths_are_one_two_t_and_twice_t() -> None:

@@ -33,8 +33,7 @@ def run(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> I
     config = IceConfig(slu=True).scaled_down().model_copy(update={"vocab_size": VOCABULARY})
     model = IceModel(config).eval()
     model.head.weight.data.mul_(20)
-    dataset = SimpleNamespace(tokenizer=tokenizer, manifest=SimpleNamespace(end_token_id=END_ID))
-    loaded = SimpleNamespace(config=SimpleNamespace(mean_loops=4), dataset=dataset, model=model)
+    loaded = SimpleNamespace(config=SimpleNamespace(mean_loops=4), tokenizer=tokenizer, model=model)
     monkeypatch.setattr(generate, "load_run", lambda path: loaded)
     return model
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from launch.settings import BadInputError
 from model import IceConfig, IceModel, ice_tiny
 from pretrain import weights
-from pretrain.weights import INDEX, load_model, write_weights
+from pretrain.weights import INDEX, load_model, safetensors_file, weight_files
+
+
+def write_weights(folder: Path, config: IceConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    folder.mkdir()
+    for name, write in weight_files(config, tensors, is_first=True).items():
+        with (folder / name).open("wb") as file:
+            write(file)
 
 
 def small_config(**changes: object) -> IceConfig:
@@ -30,7 +40,7 @@ def test_loaded_model_gives_the_same_logits(tmp_path: Path, tied: bool, monkeypa
     model = IceModel(small_config(tie_embeddings=tied)).eval()
     with torch.no_grad():
         model.core.blocks[0].ffn.router.e_score_correction_bias.normal_()
-    write_weights(tmp_path / "weights", model.config, named_tensors(model).items(), is_first=True)
+    write_weights(tmp_path / "weights", model.config, named_tensors(model).items())
     assert len(list((tmp_path / "weights").glob("*.safetensors"))) > 1
     loaded = load_model(tmp_path / "weights")
     ids = torch.randint(0, model.config.vocab_size, (2, 9))
@@ -41,17 +51,34 @@ def test_loaded_model_gives_the_same_logits(tmp_path: Path, tied: bool, monkeypa
         assert loaded.head.weight is loaded.embed.weight
 
 
-def test_other_ranks_write_nothing_but_take_every_tensor(tmp_path: Path) -> None:
+def test_other_ranks_write_nothing_but_take_every_tensor() -> None:
     taken = []
 
-    def tensors() -> object:
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in ("a", "b"):
             taken.append(name)
             yield name, torch.empty(0)
 
-    write_weights(tmp_path / "weights", small_config(), tensors(), is_first=False)  # type: ignore[arg-type]
+    assert weight_files(small_config(), tensors(), is_first=False) == {}
     assert taken == ["a", "b"]
-    assert not (tmp_path / "weights").exists()
+
+
+def test_a_safetensors_file_is_the_librarys_to_the_byte() -> None:
+    tensors = {
+        "matrix": torch.randn(5, 7).T,  # not contiguous
+        "half": torch.randn(3, dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+        "other_half": torch.randn(2, 1, dtype=torch.float16),
+        "wide": torch.randn(2, dtype=torch.float64),
+        "empty": torch.empty(0, 4),
+    }
+    written = io.BytesIO()
+    safetensors_file(tensors)(written)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    loaded = load(written.getvalue())
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert written.getvalue() == save(contiguous, metadata={"format": "pt"})
 
 
 def test_missing_weights_and_foreign_files_end_in_one_line(tmp_path: Path) -> None:
@@ -60,7 +87,7 @@ def test_missing_weights_and_foreign_files_end_in_one_line(tmp_path: Path) -> No
     model = IceModel(small_config())
     tensors = named_tensors(model)
     tensors.pop("norm.weight")
-    write_weights(tmp_path / "weights", model.config, tensors.items(), is_first=True)
+    write_weights(tmp_path / "weights", model.config, tensors.items())
     with pytest.raises(BadInputError, match=r"missing \['norm.weight'\]"):
         load_model(tmp_path / "weights")
     index = json.loads((tmp_path / "weights" / INDEX).read_text())

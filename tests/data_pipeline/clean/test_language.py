@@ -56,6 +56,24 @@ def test_the_sample_is_bounded_and_comes_from_all_over() -> None:
     assert sample_of("short\ntext", 2000) == "short text"
 
 
+def test_more_is_read_only_where_a_little_leaves_a_doubt() -> None:
+    settings = LanguageSettings()
+    path = find_language_model(settings)
+
+    def score_of(text: str, size: int) -> float:
+        return identify_language(
+            sample_of(text, size), LanguageSettings(sample_characters=10**6, min_score=0.99), path
+        )[1]
+
+    clear, doubtful = SENTENCES["en"] * 40, (SENTENCES["en"] + " " + SENTENCES["de"]) * 20
+    assert identify_language(clear, settings, path)[1] == score_of(clear, 500) >= 0.95
+    assert score_of(doubtful, 500) < 0.95
+    assert identify_language(doubtful, settings, path)[1] == score_of(doubtful, 2000) != score_of(doubtful, 500)
+    # A limit that a certain language does not settle asks for the whole sample.
+    strict = LanguageSettings(min_score=0.99)
+    assert identify_language(clear, strict, path)[1] == score_of(clear, 2000)
+
+
 def test_a_damaged_or_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInputError, match="no such file"):
         find_language_model(LanguageSettings(model=str(tmp_path / "none.bin")))

@@ -57,7 +57,7 @@ def test_a_disk_that_fills_for_the_manifest_itself_leaves_no_half_data_set(
     def write(path: Path, value: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_json_atomically", write)
+    monkeypatch.setattr(module, "write_atomically", write)
     with pytest.raises(BadInputError, match="No space left on device"):
         publish_to(made_stage, tmp_path / "out")
     assert everything(tmp_path / "out") == {}

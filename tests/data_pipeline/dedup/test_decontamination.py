@@ -68,7 +68,7 @@ def test_documents_that_contain_an_item_are_dropped_and_listed(
     decontaminate(LocalExecutor(1), files, tmp_path / "out", DecontaminationSettings(sets=two_sets))
     assert kept(tmp_path / "out") == ["0/0", "2/0"]
     tally = read_tallies(tmp_path / "out" / "tallies" / "dropped")
-    assert {key: counts["documents"] for key, counts in tally.items()} == {"contaminated_quiz\tprose": 3}
+    assert {key: counts["documents"] for key, counts in tally.items()} == {"contaminated_quiz\tprose\t": 3}
     assert read_summary(tmp_path / "out") == {
         "quiz": {"items": 3, "items_too_short": 1, "items_found": 2, "documents_dropped": 3, "documents_cut": 0},
         "other": {"items": 1, "items_too_short": 0, "items_found": 1, "documents_dropped": 1, "documents_cut": 0},

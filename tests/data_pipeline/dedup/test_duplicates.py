@@ -61,7 +61,7 @@ def test_the_first_exact_copy_stays_whichever_piece_and_place_it_has(
         ("3/1", "00000/0", "exact_duplicate"),
     ]
     tally = read_tallies(tmp_path / "exact" / "tallies" / "dropped")
-    assert tally == {"exact_duplicate\tprose": {"documents": 3, "bytes": 3 * 1199}}
+    assert tally == {"exact_duplicate\tprose\t": {"documents": 3, "bytes": 3 * 1199}}
 
 
 def test_the_first_near_copy_stays_and_short_and_other_texts_do(

@@ -45,10 +45,10 @@ def test_the_first_of_equal_passages_stays(tmp_path: Path, write_pieces: WritePi
     pieces = [[text_with("vwxyz")], [], [text_with("awxyb"), text_with("wx")], [text_with("xyz")]]
     assert run(tmp_path, write_pieces, pieces) == [text_with("vwxyz"), text_with("ab"), text_with("wx")]
     tally = read_tallies(tmp_path / "out" / "tallies" / "dropped")
-    assert tally == {"duplicate_sentences\tprose": {"documents": 1, "bytes": len(text_with("xyz"))}}
+    assert tally == {"duplicate_sentences\tprose\t": {"documents": 1, "bytes": len(text_with("xyz"))}}
     cut = read_tallies(tmp_path / "out" / "tallies" / "dropped_cut")
     assert cut == {
-        "duplicate_sentences_cut\tprose": {"documents": 0, "bytes": len(text_with("awxyb")) - len(text_with("ab"))}
+        "duplicate_sentences_cut\tprose\t": {"documents": 0, "bytes": len(text_with("awxyb")) - len(text_with("ab"))}
     }
 
 

@@ -90,7 +90,7 @@ def test_counts_and_lines_agree_and_a_file_that_is_all_bad_is_not_copied(
     reading = read(write(tmp_path / "in", 3, 20))
     assert len(reading.bad) == 5
     assert read_tallies(reading.folder / "tallies" / "quarantined") == {
-        "not_json\ttext": {"documents": 20, "bytes": 20 * len(b"{broken}")}
+        "not_json\ttext\t0": {"documents": 20, "bytes": 20 * len(b"{broken}")}
     }
     assert describe_quarantine(reading.folder) == (
         f"20 bad records put aside (not_json 20): {reading.folder / 'quarantine'}"

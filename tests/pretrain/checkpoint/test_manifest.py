@@ -9,7 +9,9 @@ import pytest
 
 from launch.files import sha256_of
 from launch.settings import BadInputError
-from pretrain.checkpoint import MANIFEST, _committed, _remove, find_damage, newest_valid_checkpoint, step_folder_name
+from pretrain.checkpoint import MANIFEST, find_damage, newest_valid_checkpoint, step_folder_name
+from pretrain.checkpoint.layout import committed
+from pretrain.checkpoint.retention import remove
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -53,13 +55,23 @@ def test_a_changed_file_is_found_by_exactly_one_rank_and_the_older_checkpoint_is
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 9)
     (make_checkpoint(tmp_path, 10) / MANIFEST).unlink()
-    assert [path.name for path in _committed(tmp_path)] == [step_folder_name(9)]
+    assert [path.name for path in committed(tmp_path)] == [step_folder_name(9)]
+
+
+def test_a_replaced_checkpoint_comes_before_the_one_that_replaces_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10).rename(tmp_path / "step_00000010.replaced")
+    for step in (10, 9):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "step_000000notes").mkdir()
+    (tmp_path / "step_000000notes" / MANIFEST).write_text("{}")
+    names = [step_folder_name(9), "step_00000010.replaced", step_folder_name(10)]
+    assert [path.name for path in committed(tmp_path)] == names
 
 
 def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 7):
         make_checkpoint(tmp_path, step)
-    assert [int(path.name[5:]) for path in _committed(tmp_path)] == [7, 99_999_999, 100_000_000]
+    assert [int(path.name[5:]) for path in committed(tmp_path)] == [7, 99_999_999, 100_000_000]
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
@@ -74,6 +86,17 @@ def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path, name: s
     assert name in damage
 
 
+def test_a_manifest_that_names_a_file_behind_a_link_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", 10)
+    outside = tmp_path / "outside.pt"
+    outside.write_bytes((checkpoint / "engine" / "part.pt").read_bytes())
+    (checkpoint / "engine" / "part.pt").unlink()
+    (checkpoint / "engine" / "part.pt").symlink_to(outside)
+    damage = find_damage(checkpoint)
+    assert damage is not None
+    assert "does not name anything inside" in damage
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"files": {"state.json": {}}}'])
 def test_a_manifest_that_is_no_manifest_is_damage_not_a_crash(tmp_path: Path, text: str) -> None:
     checkpoint = make_checkpoint(tmp_path, 10)
@@ -83,8 +106,8 @@ def test_a_manifest_that_is_no_manifest_is_damage_not_a_crash(tmp_path: Path, te
 
 def test_removing_takes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_checkpoint(tmp_path, 10)
-    monkeypatch.setattr("pretrain.checkpoint.shutil.rmtree", lambda path: None)
-    _remove(checkpoint)
+    monkeypatch.setattr("pretrain.checkpoint.retention.shutil.rmtree", lambda path: None)
+    remove(checkpoint)
     assert not (checkpoint / MANIFEST).exists()
     assert (checkpoint / "state.json").exists()
 

@@ -1,0 +1,94 @@
+"""Where a run stands, and what its checkpoints belong to: ``state.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from launch.settings import BadInputError
+from pretrain.checkpoint.layout import STATE
+from pretrain.data import past_of
+
+FORMAT_VERSION = 1
+# What of the topology may differ from a checkpoint's: it is then converted (universal.py).
+ELASTIC = ("ranks", "expert_parallel_size")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint belongs to; a resume that differs is refused.
+
+    Of ``data`` only the part that the samples seen so far depend on: what a run will see next may change.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    topology: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands after ``step`` optimizer steps."""
+
+    step: int
+    next_sample: int
+    tokens: int
+    wandb_id: str | None
+    validation_bits_per_byte: float | None = None  # of an evaluation at this very step
+    stability: dict[str, Any] = field(default_factory=dict)  # what the detection of faults remembers; JSON
+
+
+def encode_state(state: TrainingState, identity: RunIdentity) -> bytes:
+    """The content of ``state.json``."""
+    record = {"format": FORMAT_VERSION, **asdict(state), "identity": asdict(identity)}
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` as it was written."""
+    record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return record
+
+
+def decode_state(record: dict[str, Any]) -> TrainingState:
+    """The state in a record; what an older version did not record has its default."""
+    return TrainingState(**{each.name: record[each.name] for each in fields(TrainingState) if each.name in record})
+
+
+def require_same_identity(
+    checkpoint: Path, record: dict[str, Any], identity: RunIdentity, allow_changed: Collection[str]
+) -> None:
+    """Raise ``BadInputError`` with every difference between the run and the checkpoint that is not allowed.
+
+    Other ranks are, if ZeRO has partitioned the state.
+    """
+    # Through JSON, as the saved one went: tuples become lists.
+    current = json.loads(json.dumps(asdict(identity)))
+    next_sample = record["next_sample"]
+    saved, current = ({**each, "data": past_of(each["data"], next_sample)} for each in (record["identity"], current))
+    elastic = ELASTIC if saved["topology"].get("zero_stage") else ()
+    for part in ("model", "data", "topology"):
+        if part in allow_changed:
+            continue
+        keys = sorted(set(saved[part]) | set(current[part]))
+        changes = [
+            f"{part}.{key} was {saved[part].get(key)!r}, is {current[part].get(key)!r}"
+            for key in keys
+            if saved[part].get(key) != current[part].get(key) and not (part == "topology" and key in elastic)
+        ]
+        if changes:
+            remedy = (
+                "resume on the same topology (only ranks and expert parallelism may change, and not with zero_stage 0)"
+                if part == "topology"
+                else f'use another run.name, or set checkpoint.allow_changed=["{part}"]'
+            )
+            raise BadInputError(f"{checkpoint}: belongs to another {part}: {'; '.join(changes)}; {remedy}")
+
+
+def is_reshaped(record: dict[str, Any], identity: RunIdentity) -> bool:
+    """Whether the run has other ranks than the checkpoint, which ``require_same_identity`` has let pass."""
+    saved = record["identity"]["topology"]
+    return any(saved.get(key) != identity.topology.get(key) for key in ELASTIC)
