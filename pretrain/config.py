@@ -29,6 +29,7 @@ class RunSection(Section):
     name: str = Field("ice", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = "runs"
     seed: int = Field(0, ge=0, lt=2**31)
+    preflight: bool = Field(True, description="make the cheap checks of launch/preflight.py when the run starts")
 
     @property
     def path(self) -> Path:
@@ -114,6 +115,7 @@ class DataSection(Section):
     )
     prefetch_workers: int = Field(2, ge=0, description="threads that read ahead; 0 reads when a step begins")
     prefetch_steps: int = Field(2, ge=1, description="steps that are read ahead")
+    read_timeout_seconds: float = Field(900, gt=0, description="a step whose data takes longer ends the run, resumable")
 
     @model_validator(mode="before")
     @classmethod
@@ -327,6 +329,66 @@ class CheckpointSection(Section):
     )
 
 
+class StabilitySection(Section):
+    """What happens when the numbers go wrong (``pretrain/stability.py``)."""
+
+    max_skips_in_row: int = Field(10, ge=1, description="steps that were not finite, then the run rolls back")
+    spike_threshold: float | None = Field(
+        8.0, gt=0, description="robust z-score from which a loss is high; null looks for none"
+    )
+    spike_steps: int = Field(3, ge=1, description="high losses in a row, then the run rolls back")
+    spike_window: int = Field(128, ge=8, description="calm losses that a loss is compared with")
+    spike_warmup_steps: int | None = Field(None, ge=0, description="none is high before; default schedule.warmup_steps")
+    rollback_margin_steps: int = Field(5, ge=0, description="steps before the first bad one that are left out with it")
+    max_rollbacks: int = Field(3, ge=0, description="then the run stops with status 1")
+    skip_samples: tuple[tuple[int, int], ...] = Field(
+        (), description="[from, to) in samples of the run's stream (next_sample in metrics.jsonl) to pass over"
+    )
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> StabilitySection:
+        for index, (first, end) in enumerate(self.skip_samples):
+            if not 0 <= first < end:
+                raise SettingError(f"skip_samples.{index}", [first, end], "must be two rising sample numbers")
+        return self
+
+
+class WatchdogSection(Section):
+    """When a run that hangs, or has lost a rank, is ended with status 75 (``pretrain/watchdog.py``)."""
+
+    enabled: bool = Field(True, description="false for a debugger's sake")
+    heartbeat_seconds: float = Field(1.0, gt=0)
+    silence_seconds: float = Field(20.0, gt=0, description="without a heartbeat: then the rank counts as lost")
+    factor: float = Field(10.0, gt=1, description="times the median of a phase's own times that it may take")
+    floor_seconds: float = Field(120.0, gt=0, description="every phase may take this long")
+    ceiling_seconds: float = Field(1800.0, gt=0, description="no phase may take longer; the limit of the first ones")
+
+    @model_validator(mode="after")
+    def _limits_rise(self) -> WatchdogSection:
+        if self.silence_seconds < 3 * self.heartbeat_seconds:
+            raise SettingError(
+                "silence_seconds", self.silence_seconds, f"below 3 heartbeats of {self.heartbeat_seconds:g} s"
+            )
+        if self.floor_seconds < self.silence_seconds + 8 * self.heartbeat_seconds:
+            raise SettingError(
+                "floor_seconds",
+                self.floor_seconds,
+                f"a lost rank is noticed after silence_seconds = {self.silence_seconds:g}; must be 8 heartbeats more, "
+                "or it looks like a slow one",
+            )
+        if self.floor_seconds > self.ceiling_seconds:
+            raise SettingError("floor_seconds", self.floor_seconds, f"above ceiling_seconds = {self.ceiling_seconds:g}")
+        return self
+
+
+class StragglerSection(Section):
+    """How slow ranks are found (``pretrain/stragglers.py``)."""
+
+    every: int | None = Field(50, ge=1, description="steps between gatherings; null for none")
+    factor: float = Field(1.5, gt=1, description="times the median over ranks, from which a rank is slow")
+    times: int = Field(3, ge=1, description="gatherings in a row in which it was slow, then it is named")
+
+
 class EvalSection(Section):
     """Bits per byte on the validation split while training."""
 
@@ -371,6 +433,9 @@ class TrainingConfig(Section):
     precision: PrecisionSection = PrecisionSection()
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    stability: StabilitySection = StabilitySection()
+    watchdog: WatchdogSection = WatchdogSection()
+    stragglers: StragglerSection = StragglerSection()
     eval: EvalSection = EvalSection()
     logging: LoggingSection = LoggingSection()
 

@@ -52,7 +52,8 @@ class TrainingConsole:
             self._progress.update(self._task, completed=line["step"], numbers=numbers)
         elif line["step"] % self._every == 0 or line["step"] == self._total:
             done = line["step"] - self._first
-            left = (time.monotonic() - self._started) / done * (self._total - line["step"])
+            # After a roll-back fewer steps are done than the clock has seen; none at all would divide by zero.
+            left = (time.monotonic() - self._started) / max(done, 1) * (self._total - line["step"])
             self.say(
                 f"step {line['step']}/{self._total}  {numbers}  lr {line['lr']:.2e}  grad_norm {line['grad_norm']:.2f}"
                 f"  loops {line['loops']}  left {_clock(left)}"

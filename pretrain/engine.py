@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from launch.environment import Place, name_accelerator, prepare_rendezvous
 from launch.settings import BadInputError
@@ -53,10 +55,15 @@ from pretrain.universal_format import mended
 
 
 class StepOutcome(NamedTuple):
-    """What an optimizer step did. ``grad_norm`` is before clipping; ``skipped`` means fp16 found an overflow."""
+    """What an optimizer step did.
+
+    ``grad_norm`` is before clipping. ``skipped``: the gradients were not finite on some rank, and no rank changed its
+    weights or its optimizer. ``scale_lowered``: so it was, by fp16's loss scaler, which may have overshot.
+    """
 
     grad_norm: float
     skipped: bool
+    scale_lowered: bool
 
 
 def deepspeed_config(config: TrainingConfig, world_size: int, precision: PrecisionChoice) -> dict[str, Any]:
@@ -296,23 +303,37 @@ class TrainingEngine:
         return output
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a micro-batch's mean loss; the engine divides by the accumulation steps."""
-        self._engine.backward(loss)
+        """Accumulate gradients of a micro-batch's mean loss; the engine divides by the accumulation steps.
+
+        A loss that is not finite may still have finite gradients, on this rank alone. They are made NaN, which reaches
+        the norm of every rank through the reduction that happens anyway, and :meth:`step` then skips on all of them.
+        """
+        self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch; the last one's step is the caller's
 
     def step(self, lr: float) -> StepOutcome:
-        """Clip, update the weights with learning rate ``lr``, and clear the gradients; after the last micro-batch."""
+        """Clip, update the weights with learning rate ``lr``, and clear the gradients; after the last micro-batch.
+
+        Gradients that are not finite change nothing. Every stage of ZeRO, and the wrapper of 16-bit weights without
+        it, looks at the reduced norm, the same on all ranks, before its optimizer runs; ``tests/multirank`` holds them
+        to it. Only fp32 without ZeRO has no such check, and is clipped and checked here.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         norm = self._clip_unsharded() if _clips_here(self.config, self.precision) else None
+        skips_here = norm is not None and not math.isfinite(norm)
+        if skips_here:
+            self._engine.zero_grad()  # an optimizer passes over parameters that have no gradient
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
+        skipped = skips_here or self._engine.skipped_steps > skipped_before
         return StepOutcome(
-            grad_norm=float(norm) if norm is not None else float("nan"),
-            skipped=self._engine.skipped_steps > skipped_before,
+            grad_norm=float(norm) if norm is not None else math.nan,
+            skipped=skipped,
+            scale_lowered=skipped and self.precision.name == "fp16",
         )
 
     def _clip_unsharded(self) -> float:
@@ -424,6 +445,16 @@ class TrainingEngine:
         gathered: list[Any] = [None] * self.place.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def rendezvous_store(self, prefix: str) -> Any:
+        """The ``Store`` in which the ranks met, over an own connection, keys under ``prefix``; None for a lone rank.
+
+        It is hosted by the first rank (or by the launcher's agent), and shared by whoever asks with the same prefix.
+        """
+        if self.place.world_size == 1:
+            return None
+        store: Any = distributed_c10d._get_default_store()
+        return distributed_c10d.PrefixStore(prefix, store.clone())
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -135,8 +135,13 @@ class Evaluator:
         # All data sets of a run have one tokenizer.
         self._token_bytes_V = torch.from_numpy(held_out[0].dataset.tokenizer.byte_lengths())
 
-    def run(self, engine: TrainingEngine, n_loops: int) -> Evaluation:
-        """Evaluate the engine's weights at ``n_loops``; collective, the same result on every rank."""
+    def run(
+        self, engine: TrainingEngine, n_loops: int, give_up: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Evaluate the engine's weights at ``n_loops``; collective, the same result on every rank.
+
+        ``give_up`` is asked before each batch and must answer the same on every rank; None when it said yes.
+        """
         tallies = [Tally(entry.dataset.domains, self._token_bytes_V) for entry in self._held_out]
         place = engine.place
         engine.train(False)
@@ -145,6 +150,9 @@ class Evaluator:
                 for batch in validation_batches(
                     entry, self._batch_size, place.rank, place.world_size, self._limit, self._mask
                 ):
+                    if give_up():
+                        engine.train(True)
+                        return None
                     mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
                     tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops, **mask).logits)
         engine.train(True)

@@ -7,6 +7,9 @@ the run directory holds a valid checkpoint, and trains. ``--dry-run`` prints the
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +18,26 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_pipeline.dataset.reader import Dataset, open_dataset
+from launch import preflight
 from launch.environment import Place, discover_place
 from launch.files import write_json_atomically
-from launch.settings import EXIT_FAILED, EXIT_FINISHED, BadInputError, exit_with_status, load_settings
+from launch.settings import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    BadInputError,
+    exit_with_status,
+    load_settings,
+)
 from pretrain.config import TrainingConfig, check_topology
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import TrainingState
+    from pretrain.data import HeldOut, Sampler
     from pretrain.engine import TrainingEngine
+    from pretrain.fault_log import FaultLog
+    from pretrain.preemption import StopRequest
+    from pretrain.watchdog import Watchdog
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return dry_run(config, options.config, options.ranks)
     place = discover_place()
     check_topology(config, place.world_size, str(options.config))
+    faulthandler.enable()  # a shard cut short while it is mapped into memory ends a process by SIGBUS: say where
     return train(config, place)
 
 
@@ -61,22 +77,20 @@ def open_training_data(config: TrainingConfig) -> Dataset:
 
 
 def train(config: TrainingConfig, place: Place) -> int:
-    """Assemble a run's collaborators, and train."""
-    # Importing these takes seconds (torch, DeepSpeed, matplotlib); a configuration error should not wait for them.
-    from pretrain.checkpoint import Checkpointer, CheckpointError, Fence, RunIdentity, TrainingState
-    from pretrain.data import BatchLoader, Prefetcher, held_out_sets, open_sampler
-    from pretrain.engine import TrainingEngine
-    from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
+    """Check what needs no process group, start the engine, and train under the watchdog; returns the exit status."""
+    # Before the imports, which take seconds (torch, DeepSpeed, matplotlib): a signal may come at any time.
     from pretrain.preemption import StopRequest
-    from pretrain.run_log import RunLog
-    from pretrain.run_tokenizer import keep_tokenizer
-    from pretrain.tracking import new_wandb_id
-    from pretrain.trainer import Trainer, TrainingFailedError
+
+    stop = StopRequest()
+    from pretrain.data import SlowDataError, held_out_sets, open_sampler
+    from pretrain.engine import TrainingEngine
+    from pretrain.fault_log import FaultLog
+    from pretrain.stability import StabilityGuard
+    from pretrain.watchdog import Watchdog, new_session
 
     dataset = open_training_data(config)
     sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
-    total_samples = config.schedule.steps * config.data.global_batch_size
-    sampler.require_enough(total_samples)
+    sampler.require_enough(StabilityGuard(config, {}).end_of(0, config.schedule.steps))
     held_out = held_out_sets(config.data, dataset, {s.dataset.folder: s.dataset for s in sampler.sources})
     run_path = config.run.path
     checkpoints = run_path / "checkpoints"
@@ -84,9 +98,75 @@ def train(config: TrainingConfig, place: Place) -> int:
         raise BadInputError(
             f"{checkpoints}: already holds checkpoints and checkpoint.resume = never; choose another run.name"
         )
-
-    stop = StopRequest()
     engine = TrainingEngine(config, place)
+    hosts = engine.gather_objects(socket.gethostname())
+    session = engine.gather_objects(new_session())[0]
+    faults = FaultLog(run_path, place.rank)
+    watchdog = Watchdog(config.watchdog, place, hosts, session, run_path, faults)
+    watchdog.start(engine.rendezvous_store(f"ice/{session}"), stop)
+    engine.barrier()
+    me = f"rank {place.rank} on {hosts[place.rank]}"
+    try:
+        if config.run.preflight:
+            _check_before(config, engine)
+        return _train_watched(config, engine, dataset, sampler, held_out, stop, watchdog, faults, hosts)
+    except AgreedError as refusal:
+        watchdog.leave()
+        engine.close()
+        raise BadInputError(str(refusal)) from None
+    except BadInputError as error:
+        # Found by this rank alone (a damaged shard on one node): the others learn it from the watchdog.
+        print(f"error: {me}: {error}", file=sys.stderr, flush=True)
+        watchdog.fail(EXIT_BAD_INPUT, str(error))
+        return EXIT_BAD_INPUT
+    except (OSError, SlowDataError) as error:
+        print(f"error: {me}: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        faults.add("storage", error=str(error))
+        watchdog.fail(EXIT_FAILED, str(error))
+        return EXIT_FAILED
+    except Exception as error:
+        watchdog.blame()  # ends the process where the true reason is a rank that is gone
+        watchdog.fail(EXIT_FAILED, f"{type(error).__name__}: {error}")
+        raise
+
+
+class AgreedError(Exception):
+    """Bad input that every rank found alike, before any step: they can part in order."""
+
+
+def _check_before(config: TrainingConfig, engine: TrainingEngine) -> None:
+    """The cheap part of the preflight: wrong input ends the run, a machine's fault is only said."""
+    findings = preflight.inspect(config, engine.place, engine.gather_objects)
+    for finding in findings:
+        if finding.wrong == "input":
+            raise AgreedError(f"preflight: {finding.check}: {finding.detail} (run.preflight = false ignores this)")
+        if finding.wrong == "machine" and engine.place.is_first:
+            print(f"preflight: {finding.check}: {finding.detail}", file=sys.stderr, flush=True)
+
+
+def _train_watched(
+    config: TrainingConfig,
+    engine: TrainingEngine,
+    dataset: Dataset,
+    sampler: Sampler,
+    held_out: list[HeldOut],
+    stop: StopRequest,
+    watchdog: Watchdog,
+    faults: FaultLog,
+    hosts: list[str],
+) -> int:
+    """Resume, assemble the run's collaborators, and train."""
+    from pretrain.checkpoint import Checkpointer, CheckpointError, Fence, RunIdentity, TrainingState
+    from pretrain.data import BatchLoader, Prefetcher
+    from pretrain.evaluate import Evaluator, gzip9_bits_per_byte
+    from pretrain.run_log import RunLog
+    from pretrain.run_tokenizer import keep_tokenizer
+    from pretrain.stability import StabilityGuard
+    from pretrain.stragglers import StragglerCheck
+    from pretrain.tracking import new_wandb_id
+    from pretrain.trainer import Trainer, TrainingFailedError
+
+    place, run_path = engine.place, config.run.path
     identity = RunIdentity(
         model=config.model.model_dump(mode="json"),
         data=sampler.identity(),
@@ -99,18 +179,22 @@ def train(config: TrainingConfig, place: Place) -> int:
     )
     notices: list[str] = []
     fence = Fence(run_path)
-    checkpointer = Checkpointer(checkpoints, config.checkpoint, identity, engine, fence, notices.append)
+    checkpointer = Checkpointer(run_path / "checkpoints", config.checkpoint, identity, engine, fence, notices.append)
+    wandb_id = engine.gather_objects(new_wandb_id())[0]
     try:
-        resumed = checkpointer.resume()
-    except BadInputError:
-        engine.close()  # every rank has come to the same refusal
-        raise
+        with watchdog.phase("loading"):
+            resumed = checkpointer.resume()
+        start = resumed or TrainingState(step=0, next_sample=0, tokens=0, wandb_id=wandb_id)
+        guard = StabilityGuard(config, start.stability)
+        end = guard.end_of(start.next_sample, config.schedule.steps - start.step)
+        sampler.require_enough(end)
+    except BadInputError as error:
+        raise AgreedError(str(error)) from None
     except CheckpointError as error:
         if place.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        watchdog.leave()
         return EXIT_FAILED
-    wandb_id = engine.gather_objects(new_wandb_id())[0]
-    start = resumed or TrainingState(step=0, next_sample=0, tokens=0, wandb_id=wandb_id)
     if place.is_first:
         write_json_atomically(run_path / "config.json", config.model_dump(mode="json"))
         keep_tokenizer(dataset, run_path)
@@ -127,28 +211,31 @@ def train(config: TrainingConfig, place: Place) -> int:
         place.world_size,
         config.data.document_mask,
     )
-    try:
-        with Prefetcher(loader, total_samples, config.data.prefetch_workers, config.data.prefetch_steps) as batches:
-            evaluator = Evaluator(config, held_out)
-            trainer = Trainer(config, engine, sampler, batches, evaluator, checkpointer, log, stop)
+    data = config.data
+    with Prefetcher(loader, end, data.prefetch_workers, data.prefetch_steps, data.read_timeout_seconds) as batches:
+        evaluator = Evaluator(config, held_out)
+        stragglers = StragglerCheck(config.stragglers, engine, hosts, faults, log.say)
+        trainer = Trainer(
+            config, engine, sampler, batches, evaluator, checkpointer, log, faults, stop, guard, watchdog, stragglers
+        )
+        try:
             status = trainer.train(start)
-    except BadInputError as error:
-        # Found while training, perhaps by this rank alone (a damaged shard on one node): the others stay silent.
-        if not place.is_first:
-            print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
-        raise
-    except (TrainingFailedError, CheckpointError) as error:
-        # Every rank has come to the same end: a save that is being written can still be finished.
-        if isinstance(error, TrainingFailedError):
-            checkpointer.wait()
-        log.say(f"error: {error}")
-        log.close()
-        return EXIT_FAILED
+        except (TrainingFailedError, CheckpointError) as error:
+            # Every rank has come to the same end: a save that is being written can still be finished.
+            if isinstance(error, TrainingFailedError):
+                checkpointer.wait()
+            log.say(f"error: {error}")
+            log.close()
+            watchdog.leave()
+            return EXIT_FAILED
     log.say(f"run directory: {run_path}")
     if config.logging.plot and status == EXIT_FINISHED:
         log.say(f"loss plot: {run_path / 'plots' / 'loss.png'}")
     log.close()
+    watchdog.leave()
     engine.close()
+    if batches.stuck:
+        os._exit(status)  # the interpreter would wait for the thread whose read never ends
     return status
 
 

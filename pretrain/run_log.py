@@ -19,7 +19,8 @@ from pretrain.plots import plot_expert_load, plot_losses
 from pretrain.tracking import Trackers
 
 if TYPE_CHECKING:
-    from pretrain.trainer import StepResult
+    from pretrain.stability import StabilityGuard
+    from pretrain.trainer import StepPlan, StepResult
 
 
 class RunLog:
@@ -43,26 +44,29 @@ class RunLog:
         self,
         state: TrainingState,
         result: StepResult,
-        lr: float,
-        loops: int,
+        plan: StepPlan,
         step_seconds: float,
-        tokens_per_step: int,
+        guard: StabilityGuard,
+        slowest: dict[str, float],
         engine: TrainingEngine,
     ) -> None:
         """Record a training step. The injection radius needs a gather of ``log_A``, so every rank takes part."""
         line: dict[str, Any] = {
             "step": state.step,
             "loss": result.loss,
-            "lr": lr,
+            "lr": plan.lr,
             "grad_norm": result.outcome.grad_norm,
-            "loops": loops,
+            "loops": plan.loops,
             "tokens": state.tokens,
-            "tokens_per_second": tokens_per_step / step_seconds,
+            "tokens_per_second": plan.tokens / step_seconds,
             "step_seconds": step_seconds,
             "data_wait_seconds": result.data_wait_seconds,
             "next_sample": state.next_sample,
+            "skipped_steps": guard.skipped_steps,
+            "rollbacks": guard.rollbacks,
             "injection_radius": engine.injection_radius(),
             **{name: value for name, value in result.terms.items() if name != "loss"},
+            **slowest,
         }
         if result.outcome.skipped:
             line["skipped"] = True
@@ -90,6 +94,17 @@ class RunLog:
         if result.by_source:
             by_source = "  ".join(f"{name} {bits.bits_per_byte:.3f}" for name, bits in result.by_source.items())
             self.say(f"step {state.step}: by source  {by_source}")
+
+    def rolled_back(self, state: TrainingState) -> None:
+        """Forget the steps after ``state``, which are about to be run again, as a resume does.
+
+        W&B keeps what it was told: its curve goes on where the replayed steps pass the old ones.
+        """
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = MetricsFile(self._path / FILE_NAME, state.step)
+        if self._trackers is not None:
+            self._trackers.rewind(state.step)
 
     def saved(self, state: TrainingState, expert_load_TLE: Tensor | None) -> None:
         """Redraw the pictures at each checkpoint."""

@@ -56,7 +56,8 @@ class Trackers:
         if config.logging.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_path / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard_folder = str(run_path / "tensorboard")
+            self._tensorboard = SummaryWriter(self._tensorboard_folder, purge_step=start_step + 1)
 
     def _first_missing(self, mode: str) -> int:
         if mode == "online":
@@ -78,6 +79,12 @@ class Trackers:
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Steps after ``step`` will be sent again: TensorBoard drops the old ones, W&B keeps them."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = type(self._tensorboard)(self._tensorboard_folder, purge_step=step + 1)
 
     def close(self) -> None:
         """Flush and finish."""

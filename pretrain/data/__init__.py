@@ -8,7 +8,7 @@ Shapes: B micro-batch, S sequence length.
 """
 
 from data_pipeline.permutation import KeyedPermutation
-from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch, BatchLoader, Prefetcher
+from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch, BatchLoader, Prefetcher, SlowDataError
 from pretrain.data.sampler import Sampler, check_vocabulary, open_sampler, past_of
 from pretrain.data.sequences import Sample, TokenSequences
 from pretrain.data.validation import HeldOut, held_out_sets, validation_batches
@@ -23,6 +23,7 @@ __all__ = [
     "Prefetcher",
     "Sample",
     "Sampler",
+    "SlowDataError",
     "TokenSequences",
     "check_vocabulary",
     "held_out_sets",

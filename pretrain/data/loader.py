@@ -9,10 +9,12 @@ Threads are enough: the time goes into copying memory-mapped tokens, during whic
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +24,8 @@ import torch
 from launch.settings import BadInputError
 from pretrain.data.packing import Row
 
+ASK_SECONDS = 0.2
+"""How often a caller that waits for data looks up whether it should go on waiting."""
 IGNORED_TARGET = -100
 PADDING_SAMPLE = -1
 
@@ -125,6 +129,10 @@ class BatchLoader:
         ]
 
 
+class SlowDataError(Exception):
+    """Data did not arrive in time; the message says which samples, and the limit."""
+
+
 class Prefetcher:
     """Has the next steps' batches read by ``workers`` threads while the model computes; 0 reads when asked.
 
@@ -132,16 +140,25 @@ class Prefetcher:
     by the :meth:`step_batches` of its step. Close it, or use it in a ``with`` statement: threads outlive nothing.
     """
 
-    def __init__(self, loader: BatchLoader, end: int, workers: int, steps: int) -> None:
-        self.loader, self.end, self.steps = loader, end, steps
+    def __init__(
+        self, loader: BatchLoader, end: int, workers: int, steps: int, timeout_seconds: float = math.inf
+    ) -> None:
+        self.loader, self.end, self.steps, self.timeout_seconds = loader, end, steps, timeout_seconds
+        self.stuck = False
+        """Whether a worker was left in the middle of a read that may never end: the process must not wait for it."""
         self.waited_seconds = 0.0
         """How long the last :meth:`step_batches` kept its caller waiting."""
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
 
-    def step_batches(self, next_sample: int) -> list[Batch]:
-        """The batches of the step that starts at ``next_sample``; steps are asked for in order, or from anywhere."""
+    def step_batches(self, next_sample: int, give_up: Callable[[], bool] = lambda: False) -> list[Batch] | None:
+        """The batches of the step that starts at ``next_sample``; steps are asked for in order, or from anywhere.
+
+        None when they are not there yet and ``give_up`` says so (it is not asked without workers, which read at once).
+        Raises ``SlowDataError`` when they are not there after ``timeout_seconds``.
+        """
         started = time.monotonic()
+        batches: list[Batch] | None
         if self._pool is None:
             batches = self.loader.step_batches(next_sample)
         else:
@@ -150,9 +167,24 @@ class Prefetcher:
                 self._submit(next_sample)
             _, future = self._ahead.popleft()
             self._read_on(next_sample + self.loader.global_batch_size)
-            batches = future.result()
+            batches = self._await(future, next_sample, give_up)
         self.waited_seconds = time.monotonic() - started
         return batches
+
+    def _await(self, future: Future[list[Batch]], first: int, give_up: Callable[[], bool]) -> list[Batch] | None:
+        deadline = time.monotonic() + self.timeout_seconds
+        while not wait_for([future], timeout=ASK_SECONDS).done:
+            self.stuck = True
+            if give_up():
+                return None
+            if time.monotonic() > deadline:
+                ids = self.loader.sample_ids(first)
+                raise SlowDataError(
+                    f"samples {ids.start} to {ids.stop - 1} were not read in {self.timeout_seconds:g} s "
+                    "(data.read_timeout_seconds): the storage is slow or hangs"
+                )
+        self.stuck = False
+        return future.result()
 
     def _read_on(self, start: int) -> None:
         """Keep ``steps`` steps from ``start`` on in the workers' hands."""
@@ -172,10 +204,10 @@ class Prefetcher:
         self._ahead.clear()
 
     def close(self) -> None:
-        """End the threads, once the step that each is reading is done."""
+        """End the threads, once the step that each is reading is done (not when it is ``stuck``)."""
         self._forget()
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=not self.stuck, cancel_futures=True)
 
     def __enter__(self) -> Prefetcher:
         return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -322,6 +324,189 @@ def refusal_of_training(values: dict[str, Any]) -> str:
     return f"trained to status {status}"
 
 
+def train_with_faults(values: dict[str, Any], numbers: list[int], faults: dict[int, str]) -> Trace | None:
+    """Train on the batches ``numbers``; on the last rank, those in ``faults`` go wrong.
+
+    ``loss``: one micro-batch's loss is NaN; ``infinite_loss``: its loss is infinite and its gradients are not;
+    ``gradients``: the loss is finite and the gradients are NaN; ``expert``: one infinite number in the gradient of one
+    expert, which this rank alone holds where experts are spread. The first rank returns losses, norms and weights.
+    """
+    engine = start_engine(values)
+    on_this_rank = engine.place.rank == engine.place.world_size - 1
+    trace = Trace()
+    for number in numbers:
+        fault = faults.get(number) if on_this_rank else None
+        losses = []
+        with contextlib.ExitStack() as stack:
+            if fault == "expert":
+                name, parameter = next((n, p) for n, p in engine.model.named_parameters() if is_local_expert(n))
+                assert ".experts." in name
+                handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
+                stack.callback(handle.remove)
+            for position, (inputs, targets) in enumerate(micro_batches(engine, number)):
+                output = engine.forward(inputs, 2)
+                loss = training_objective(output, targets, engine.config).total
+                if position == 1 and fault == "loss":
+                    loss = loss * torch.nan
+                if position == 1 and fault == "infinite_loss":
+                    loss = loss + torch.inf
+                if position == 1 and fault == "gradients":
+                    output.logits.register_hook(lambda gradient: gradient * torch.nan)
+                engine.backward(loss)
+                losses.append(loss.item())
+            outcome = engine.step(engine.config.optim.lr)
+        load = engine.take_expert_load()
+        assert load is not None
+        if outcome.skipped:
+            trace.skipped.append(number)
+        else:
+            engine.balance_experts(load)
+            trace.losses.append(engine.sum_over_ranks([sum(losses)])[0])
+            trace.norms.append(outcome.grad_norm)
+    # Ranks that disagreed about a step would have other weights; gathered here, since shards would hide it.
+    skipped_by_rank = engine.gather_objects(trace.skipped)
+    assert all(skipped == trace.skipped for skipped in skipped_by_rank), skipped_by_rank
+    trace.weights = dict(engine.plain_weights())
+    end_engine(engine)
+    return trace if engine.place.is_first else None
+
+
+class SimulatedCrashError(BaseException):
+    """Ends a run between two of its instructions, on every rank, without anything being saved."""
+
+
+def run_training(
+    values: dict[str, Any],
+    spike: tuple[int, int] | None = None,
+    crash_after: list[int] | None = None,
+    stop_after: list[int] | None = None,
+) -> list[int | str]:
+    """The training command as often as it takes to end: its statuses, or "crash".
+
+    ``spike``: the loss of steps that begin with these samples [first, end) is 50 nats higher. ``crash_after`` and
+    ``stop_after``: steps after whose logging the run crashes, or the last rank is asked to stop, one start each, the
+    crashes first.
+    """
+    import pretrain.trainer
+    from pretrain.data import Prefetcher
+    from pretrain.main import train as train_command
+    from pretrain.run_log import RunLog
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    place = discover_place()
+    plans = [("crash", step) for step in crash_after or []] + [("stop", step) for step in stop_after or []]
+    first_sample = 0
+    original_batches, original_step = Prefetcher.step_batches, RunLog.step
+
+    def step_batches(self: Prefetcher, next_sample: int, *arguments: Any, **keys: Any) -> Any:
+        nonlocal first_sample
+        first_sample = next_sample
+        return original_batches(self, next_sample, *arguments, **keys)
+
+    def objective(*arguments: Any) -> Any:
+        result = training_objective(*arguments)
+        if spike is None or not spike[0] <= first_sample < spike[1]:
+            return result
+        return result._replace(terms={**result.terms, "loss": result.terms["loss"] + 50.0})
+
+    statuses: list[int | str] = []
+    while True:
+        kind, at = plans.pop(0) if plans else ("", 0)
+
+        def step(self: RunLog, state: Any, *rest: Any, kind: str = kind, at: int = at) -> None:
+            original_step(self, state, *rest)
+            if state.step == at:
+                if kind == "crash":
+                    raise SimulatedCrashError
+                if place.rank == place.world_size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with (
+            mock.patch.object(TrainingEngine, "close", end_engine),
+            mock.patch.object(Prefetcher, "step_batches", step_batches),
+            mock.patch.object(pretrain.trainer, "training_objective", objective),
+            mock.patch.object(RunLog, "step", step),
+        ):
+            try:
+                statuses.append(train_command(config, place))
+            except SimulatedCrashError:
+                statuses.append("crash")
+        if statuses[-1] not in ("crash", 75) or len(statuses) > 8:
+            return statuses
+
+
+def preflight_with_a_slow_host(values: dict[str, Any], slow_rank: int) -> list[Any]:
+    """The thorough preflight where every rank is a host of its own, and one of them dawdles before each collective."""
+    import socket
+    import time
+
+    import torch.distributed as dist
+
+    from launch import preflight
+
+    config, place = parse_settings(TrainingConfig, values, "scenario"), discover_place()
+    _, gather = preflight.join(place)
+    original = dist.all_to_all_single
+
+    def dawdle(*arguments: Any, **keys: Any) -> Any:
+        time.sleep(0.3 if place.rank == slow_rank else 0)
+        return original(*arguments, **keys)
+
+    with (
+        mock.patch.object(socket, "gethostname", return_value=f"node{place.rank}"),
+        mock.patch.object(dist, "all_to_all_single", dawdle),
+    ):
+        return preflight.inspect(config, place, gather, hashes="all")
+
+
+def run_with_storage_fault(values: dict[str, Any], fault: str) -> tuple[int | str, str]:
+    """The training command of a lone rank, and what it says on its error stream.
+
+    From the fourth step on: ``full_disk`` for the metrics, ``slow_read`` of a minute, or ``stopped_in_slow_read``.
+    """
+    import io
+    import threading
+    import time
+
+    import pretrain.main
+    from pretrain.data import BatchLoader
+    from pretrain.metrics import MetricsFile
+
+    config = parse_settings(TrainingConfig, values, "scenario")
+    original_read, original_append = BatchLoader.step_batches, MetricsFile.append
+    released = threading.Event()
+    fourth = 3 * config.data.global_batch_size
+
+    def read(self: BatchLoader, next_sample: int) -> Any:
+        if fault != "full_disk" and next_sample >= fourth:
+            if fault == "stopped_in_slow_read":
+                threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            released.wait(60)
+        return original_read(self, next_sample)
+
+    def append(self: MetricsFile, line: dict[str, Any]) -> None:
+        if fault == "full_disk" and line["step"] == 4:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        original_append(self, line)
+
+    said = io.StringIO()
+    started = time.monotonic()
+    with (
+        mock.patch.object(BatchLoader, "step_batches", read),
+        mock.patch.object(MetricsFile, "append", append),
+        mock.patch.object(TrainingEngine, "close", end_engine),
+        mock.patch.object(pretrain.main.os, "_exit", side_effect=SystemExit) as ended,
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            status: int | str = pretrain.main.train(config, discover_place())
+        except SystemExit:
+            status = f"ended with {ended.call_args.args[0]}"
+    assert time.monotonic() - started < 55, "waited for the read after all"
+    released.set()
+    return status, said.getvalue()
+
+
 def reshape_and_continue(
     values: dict[str, Any], folder: Path, steps: list[Step], mend: bool = True
 ) -> tuple[Trace, list[dict[str, Any]]]:
@@ -348,9 +533,10 @@ def train_and_record_batches(values: dict[str, Any]) -> tuple[int, list[list[Any
     steps: list[list[Any]] = []
 
     class Recorder(pretrain.data.Prefetcher):
-        def step_batches(self, next_sample: int) -> list[pretrain.data.Batch]:
-            batches = super().step_batches(next_sample)
-            steps.append(batches)
+        def step_batches(self, next_sample: int, give_up: Callable[[], bool]) -> list[pretrain.data.Batch] | None:
+            batches = super().step_batches(next_sample, give_up)
+            if batches is not None:
+                steps.append(batches)
             return batches
 
     config = parse_settings(TrainingConfig, values, "scenario")

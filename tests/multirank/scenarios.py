@@ -93,6 +93,7 @@ class Trace:
     logits: Tensor | None = None  # (BATCH, LENGTH, VOCABULARY)
     weights: dict[str, Tensor] = field(default_factory=dict)
     weight_steps: int = 0
+    skipped: list[int] = field(default_factory=list)
 
 
 def tokens_of_step(step: int) -> tuple[Tensor, Tensor]:

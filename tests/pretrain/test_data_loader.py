@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from data_pipeline.dataset.reader import Dataset
 from launch.settings import BadInputError
-from pretrain.data import IGNORED_TARGET, Batch, BatchLoader, HeldOut, Prefetcher, TokenSequences, validation_batches
+from pretrain.data import (
+    IGNORED_TARGET,
+    Batch,
+    BatchLoader,
+    HeldOut,
+    Prefetcher,
+    SlowDataError,
+    TokenSequences,
+    validation_batches,
+)
 from pretrain.data.loader import batch_of
 from pretrain.data.packing import Row
 
@@ -187,7 +196,7 @@ def test_the_trainer_hands_document_ids_to_the_engine_only_when_there_are_any(
         def backward(self, loss: torch.Tensor) -> None: ...
 
         def step(self, lr: float) -> Any:
-            return SimpleNamespace(skipped=False, grad_norm=1.0)
+            return SimpleNamespace(skipped=False, scale_lowered=False, grad_norm=1.0)
 
         def take_expert_load(self) -> None: ...
 
@@ -197,14 +206,38 @@ def test_the_trainer_hands_document_ids_to_the_engine_only_when_there_are_any(
     objective = SimpleNamespace(total=term, terms={"loss": term.detach()})
     monkeypatch.setattr(pretrain.trainer, "training_objective", lambda *_: objective)
     config: Any = SimpleNamespace(
-        loop=SimpleNamespace(grad_loops=None, cdl=None), model=SimpleNamespace(slu=False), run=SimpleNamespace(seed=0)
+        loop=SimpleNamespace(grad_loops=None, cdl=None), model=SimpleNamespace(slu=False, initial_state="zeros"), run=SimpleNamespace(seed=0)
     )
     sequences = TokenSequences(dataset, "train", 8, seed=0)
     for mask in (False, True):
         batches: Any = Prefetcher(BatchLoader(sequences, 4, 2, with_documents=mask), 100, 0, 1)
-        parts: Any = (None, batches, None, None, None, SimpleNamespace(received=None))
+        parts: Any = (None, batches, *[None] * 8)
         engine: Any = Engine()
         trainer = pretrain.trainer.Trainer(config, engine, *parts)
-        result = trainer._step(batches.step_batches(0), 1, 2, 0.1)
+        plan: Any = SimpleNamespace(step=1, loops=2, lr=0.1)
+        result = trainer._step(plan, batches.step_batches(0))
         assert result.data_wait_seconds == batches.waited_seconds > 0
     assert ["document_ids" in options for options in seen] == [False, False, True, True]
+
+
+def test_a_caller_that_gives_up_gets_nothing_and_a_slow_read_is_an_error_with_its_samples(dataset: Dataset) -> None:
+    released = threading.Event()
+
+    class HangingLoader(BatchLoader):
+        def step_batches(self, next_sample: int) -> list[Batch]:
+            if next_sample >= 4:
+                released.wait(60)
+            return super().step_batches(next_sample)
+
+    loader = HangingLoader(TokenSequences(dataset, "train", 8, seed=0), 4, 2)
+    try:
+        with Prefetcher(loader, 100, workers=1, steps=1, timeout_seconds=0.5) as batches:
+            assert batches.step_batches(0, give_up=lambda: True) is not None or batches.stuck
+            batches.stuck = False
+            assert batches.step_batches(4, give_up=lambda: True) is None
+            assert batches.stuck
+            with pytest.raises(SlowDataError, match=r"samples 8 to 11 were not read in 0\.5 s"):
+                batches.step_batches(8)
+            # Leaving the block does not wait for the thread.
+    finally:
+        released.set()
