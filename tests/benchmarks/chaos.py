@@ -2,11 +2,11 @@
 
     python tests/benchmarks/chaos.py --minutes 20 [--steps 1000] [--seed 1] [--json FILE]
 
-trains the tiny model of the tests (ZeRO-3, EP = 2, two ranks, sampled depth, every idea that has state) once undisturbed and
-once under faults, through the real command line: the same command is started again after each. Faults are drawn from
-``--seed`` and injected at random instants while the run trains, until the time is over; then it is left in peace to its end.
-Loss, norm, depth and sample position of every step, every evaluation, and the weights and biases of the last checkpoint must
-equal the undisturbed run's, byte for byte.
+trains the tiny model of the tests (ZeRO-3, EP = 2, two ranks, sampled depth, every idea that has state) once
+undisturbed and once under faults, through the real command line: the same command is started again after each. Faults
+are drawn from ``--seed`` and injected at random instants while the run trains, until the time is over; then it is left
+in peace to its end. Loss, norm, depth and sample position of every step, every evaluation, and the weights and biases
+of the last checkpoint must equal the undisturbed run's, byte for byte.
 
 ==================  ===================================================================================================
 kill a rank         SIGKILL; the other must follow
@@ -21,8 +21,8 @@ lose a file         of the newest checkpoint, after a kill
 fill the disk       the run's file system (a small tmpfs) while it trains; freed after some seconds
 ==================  ===================================================================================================
 
-The last needs root, and is left out with a word without it. Every start costs imports (13 s on two idle cores), so twenty
-minutes hold about forty faults. The last line is JSON.
+The last needs root, and is left out with a word without it. Every start costs imports (13 s on two idle cores), so
+twenty minutes hold about forty faults. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -89,9 +89,14 @@ class Victim:
         """Whether a step was taken since this start."""
         generation = self.run / "generation.json"
         before = generation.stat().st_mtime_ns if generation.exists() else 0
-        started = self.wait_until(lambda: generation.exists() and generation.stat().st_mtime_ns != before, START_SECONDS)
+
+        def taken_over() -> bool:
+            return generation.exists() and generation.stat().st_mtime_ns != before
+
+        if not self.wait_until(taken_over, START_SECONDS):
+            return False
         resumed = last_step(self.run)
-        return started and self.wait_until(lambda: last_step(self.run) != resumed, START_SECONDS)
+        return self.wait_until(lambda: last_step(self.run) != resumed, START_SECONDS)
 
     def a_rank(self) -> psutil.Process | None:
         """One of the two, at random."""
@@ -290,7 +295,7 @@ def hurt(config: Path, run: Path, steps: int, kinds: list[str], minutes: float, 
     return {
         "injected": dict(injected),
         "came_too_late": dict(missed),
-        "steps_repeated": {kind: values for kind, values in repeated.items()},
+        "steps_repeated": dict(repeated),
         "statuses": {kind: dict(counts) for kind, counts in statuses.items()},
     }
 
