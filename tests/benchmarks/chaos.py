@@ -32,6 +32,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,8 @@ from training_runs import (  # noqa: E402
 
 CHECKPOINT_EVERY, EVALUATE_EVERY, KEPT = 5, 20, 3
 DISK_MEGABYTES = 64
-RESUMABLE = {0, 1, 75, -9, 137}  # launcher's statuses after a fault; 78 would be a refusal to go on
+# What the launcher may end with after a fault, by its first process that ended; 78 would be a refusal to go on.
+RESUMABLE = {0, 1, 75, -9, 137, 247}
 START_SECONDS, END_SECONDS = 300.0, 240.0
 
 
@@ -68,8 +70,8 @@ class Victim:
 
     def __init__(self, config: Path, run: Path, steps: int, generator: random.Random) -> None:
         self.run, self.steps, self.generator = run, steps, generator
-        self.first = last_step(run)
         self.launch = Launch(ROOT, config)
+        self._killed = False
 
     @property
     def running(self) -> bool:
@@ -112,8 +114,18 @@ class Victim:
                 return True
         return False
 
+    def kill(self) -> bool:
+        """End launcher and ranks at once; false when the run had ended."""
+        if not self.running:
+            return False
+        self.launch.kill()
+        self._killed = True
+        return True
+
     def end(self) -> int:
         """Wait for the end of all its processes; the launcher's status. A run that does not end is a failure."""
+        if self._killed:
+            return -signal.SIGKILL
         try:
             status = self.launch.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -144,10 +156,7 @@ def kill_a_rank(victim: Victim) -> bool:
 
 
 def kill_all(victim: Victim) -> bool:
-    if not victim.running:
-        return False
-    victim.launch.kill()
-    return True
+    return victim.kill()
 
 
 def kill_while_saving(victim: Victim) -> bool:
