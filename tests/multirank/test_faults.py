@@ -19,7 +19,7 @@ import rank_jobs
 import torch
 from rank_pool import RankPool
 from scenarios import settings
-from test_training import SAME, committed, evaluation_lines, make_dataset, training_lines, write_config
+from training_runs import SAME, committed, evaluation_lines, make_dataset, training_lines, write_config
 
 from pretrain.checkpoint import find_damage
 

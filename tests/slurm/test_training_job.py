@@ -21,7 +21,7 @@ from slurm_jobs import ENDED, SlurmJob, held, local_slurm, submit, wait_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "multirank"))
 
-from test_training import VOCABULARY, committed, make_dataset, training_lines
+from training_runs import VOCABULARY, committed, make_dataset, training_lines
 
 from pretrain.config import TrainingConfig
 

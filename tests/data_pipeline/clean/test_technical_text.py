@@ -177,7 +177,7 @@ def test_documentation_keeps_reference_text_that_rules_for_the_web_drop(text: st
         (TABLE_OF_CONTENTS, "gopher_short_doc"),
         (BARE_NUMBERS, "gopher_below_alpha_threshold"),
         (LOG, "duplicated_5_n_grams"),
-        (RULINGS_ONLY, "dup_line_frac"),
+        (RULINGS_ONLY, "gopher_short_doc"),
     ],
     ids=["contents", "numbers", "log", "rulings"],
 )
@@ -189,7 +189,7 @@ def test_tables_and_underlines_are_judged_by_what_is_written_in_them_and_kept_wh
     without = CleanSettings.model_validate({"profile": "documentation", "ignore_rulings": False})
     table = RST_WITH_TABLES.split("sysfs interface")[1].split(".. code-block")[0]
     drop = DocumentCleaner(without).clean(Document(text=table, id="0"))
-    assert drop == ("repetition", "top_4_gram")
+    assert drop == ("quality", "gopher_below_alpha_threshold")
     document = Document(text=table, id="0")
     assert DocumentCleaner(CleanSettings(profile="documentation")).clean(document) is None
     assert document.text == table.strip("\n")

@@ -98,6 +98,9 @@ SCENARIOS = {
 }
 
 
+WITH_TORN_WRITES = "a_later_step_with_pruning"  # the same files are written in the others
+
+
 @pytest.fixture(scope="module")
 def workplace() -> Iterator[Path]:
     """A folder where syncing costs nothing: hundreds of saves are made here."""
@@ -168,7 +171,8 @@ def test_a_death_at_any_file_operation_leaves_a_loadable_checkpoint(workplace: P
     commit = committing(operations)
 
     deaths = [Death(number, "before") for number in range(len(operations))]
-    deaths += [Death(number, "torn") for number, each in enumerate(operations) if each.kind == "write"]
+    if name == WITH_TORN_WRITES:
+        deaths += [Death(number, "torn") for number, each in enumerate(operations) if each.kind == "write"]
     assert len(deaths) > 50
     for death in deaths:
         folder = copy_of(base)
