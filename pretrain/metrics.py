@@ -29,8 +29,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsFile:
     """Appends lines; opened on the first rank only."""
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int, evaluation_due: bool = False) -> None:
+        """Keep the lines up to ``resumed_step``, without its evaluation where that is ``evaluation_due`` once more."""
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
+        if evaluation_due:
+            kept = [line for line in kept if line["step"] < resumed_step or "loss" in line]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")

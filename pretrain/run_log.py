@@ -33,8 +33,11 @@ class RunLog:
         self._console = TrainingConsole(
             config.schedule.steps, start.step, config.logging.console_every, enabled=is_first
         )
-        self._metrics = MetricsFile(self._path / FILE_NAME, start.step) if is_first else None
+        self._metrics = self._open_metrics(start) if is_first else None
         self._trackers = Trackers(config, self._path, start.wandb_id, start.step) if is_first else None
+
+    def _open_metrics(self, state: TrainingState) -> MetricsFile:
+        return MetricsFile(self._path / FILE_NAME, state.step, state.stability.get("evaluation_due", False))
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -75,6 +78,11 @@ class RunLog:
         self._record(state.step, line)
         self._console.step(line)
 
+    def evaluation_left_out(self) -> None:
+        """The last step's evaluation is left to the next start."""
+        if self._trackers is not None:
+            self._trackers.leave_open()
+
     def evaluation(self, state: TrainingState, result: Evaluation) -> None:
         """Record an evaluation."""
         line: dict[str, Any] = {
@@ -102,7 +110,7 @@ class RunLog:
         """
         if self._metrics is not None:
             self._metrics.close()
-            self._metrics = MetricsFile(self._path / FILE_NAME, state.step)
+            self._metrics = self._open_metrics(state)
         if self._trackers is not None:
             self._trackers.rewind(state.step)
 

@@ -52,7 +52,7 @@ class Trackers:
             )
             self._marker = run_path / "wandb" / FINISHED
             self._tell_again(run_path / FILE_NAME, self._first_missing(mode))
-        self._step = start_step
+        self._step, self._row_open = start_step, False
         if config.logging.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -86,11 +86,15 @@ class Trackers:
             self._tensorboard.close()
             self._tensorboard = type(self._tensorboard)(self._tensorboard_folder, purge_step=step + 1)
 
+    def leave_open(self) -> None:
+        """The last step's row lacks its evaluation: the next start tells the row again, whole (online W&B keeps it)."""
+        self._row_open = True
+
     def close(self) -> None:
         """Flush and finish."""
         if self._wandb_run is not None:
             self._wandb_run.finish()
-            write_atomically(self._marker, f"{self._step}\n".encode())
+            write_atomically(self._marker, f"{self._step - self._row_open}\n".encode())
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -237,7 +237,7 @@ class Trainer:
             self.faults.add(
                 "roll_back", step=plan.step, to_step=state.step, reason=trouble.reason, skipped_samples=passed_over
             )
-        return state
+        return self._evaluate(state) if guard.evaluation_due else state
 
     def _evaluate(self, state: TrainingState) -> TrainingState:
         """Evaluate, or, when a rank is asked to stop meanwhile, leave it to the resumed run."""
@@ -245,6 +245,7 @@ class Trainer:
             result = self.evaluator.run(self.engine, self.config.mean_loops, lambda: self._any_rank(self.stop.is_set()))
         self.guard.evaluation_due = result is None
         if result is None:
+            self.log.evaluation_left_out()
             return state
         state = replace(state, validation_bits_per_byte=result.bits_per_byte)
         self.log.evaluation(state, result)

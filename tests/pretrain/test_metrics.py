@@ -51,3 +51,13 @@ def test_balanced_load_scores_one_and_collapse_in_one_loop_shows() -> None:
     assert metrics["expert_load_max_over_mean"] == pytest.approx(1.0)
     assert metrics["expert_load_worst_loop"] == pytest.approx(2.0)
     assert metrics["experts_unused"] == pytest.approx(0.5)
+
+
+def test_an_evaluation_that_is_due_again_is_not_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 3.0}, {"step": 1, "validation_bits_per_byte": 2.0}, {"step": 2, "loss": 2.0}]
+    lines.append({"step": 2, "validation_bits_per_byte": 1.5})
+    for due, kept in ((False, lines), (True, lines[:3])):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        MetricsFile(path, 2, evaluation_due=due).close()
+        assert read_metrics(path) == kept
