@@ -62,8 +62,11 @@ def test_a_malicious_file_refuses_the_checkpoint_in_one_line_and_nothing_runs(
     assert mark.parent.exists()
 
 
-def test_the_test_files_do_run_code_where_nothing_is_restricted(tmp_path: Path) -> None:
+def test_the_test_files_do_run_code_where_nothing_is_restricted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or the tests above would show nothing."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # tests that load the engine's files set it
     run = Run(tmp_path)
     run.save(1)
     mark = tmp_path / "executed"
