@@ -45,7 +45,10 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import hypothesis  # noqa: E402  (after the environment)
 import pytest  # noqa: E402
 
-hypothesis.settings.register_profile("ice", deadline=None, derandomize=True, print_blob=True)
+# No limit of time: it would depend on what else the machine does.
+hypothesis.settings.register_profile(
+    "ice", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("ice")
 
 REQUIRED_MARKERS = ("multirank", "slurm", "mount", "demo")

@@ -23,7 +23,9 @@ def table_of(sizes: list[int], suffix: str) -> FileTable:
 SIZES = st.lists(st.integers(0, 5000), min_size=1, max_size=30)
 
 
-@given(st.lists(st.tuples(SIZES, st.sampled_from(["jsonl", "jsonl.gz"])), min_size=1, max_size=3), st.integers(1, 4000))
+@given(
+    st.lists(st.tuples(SIZES, st.sampled_from(["jsonl", "jsonl.gz"])), min_size=1, max_size=3), st.integers(40, 4000)
+)
 def test_pieces_cover_every_byte_of_every_file_once_in_order(shapes: list[tuple[list[int], str]], target: int) -> None:
     tables = [table_of(sizes, suffix) for sizes, suffix in shapes]
     pieces = plan_pieces(tables, InputSettings(piece_bytes=target))
