@@ -291,8 +291,8 @@ def hurt(config: Path, run: Path, steps: int, kinds: list[str], minutes: float, 
             order = generator.sample(kinds, len(kinds))
         kind = order.pop()
         happened = FAULTS[kind](victim)
-        reached = last_step(run)
         status = victim.end()
+        reached = last_step(run)
         if status not in RESUMABLE:
             raise SystemExit(f"status {status} after {kind!r}:\n{victim.launch.log.read_text()[-3000:]}")
         (injected if happened else missed)[kind] += 1
@@ -311,7 +311,7 @@ def hurt(config: Path, run: Path, steps: int, kinds: list[str], minutes: float, 
 
 def resumed_after(victim: Victim) -> int:
     """The step that this start has said it resumes after; 0 from the beginning."""
-    text = victim.launch.log.read_text()
+    text = " ".join(victim.launch.log.read_text().split())  # lines may be wrapped
     return int(text.split("resuming after step ")[1].split(";")[0]) if "resuming after step " in text else 0
 
 
