@@ -25,20 +25,12 @@ sys.path[:0] = [str(ROOT)]
 
 from datatrove.data import Document  # noqa: E402
 from datatrove.pipeline.base import PipelineStep  # noqa: E402
-from datatrove.pipeline.filters import (  # noqa: E402
-    FineWebQualityFilter,
-    GopherQualityFilter,
-    GopherRepetitionFilter,
-    LanguageFilter,
-)
-from datatrove.pipeline.filters.c4_filters import C4QualityFilter  # noqa: E402
-from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter  # noqa: E402
 from datatrove.pipeline.writers import JsonlWriter  # noqa: E402
 from datatrove.utils.logging import logger  # noqa: E402
+from stock_cleaning import stock_cleaning  # noqa: E402
 
-from data_pipeline.clean.language import find_language_model, load_fasttext  # noqa: E402
 from data_pipeline.clean.pipeline import clean_pipeline  # noqa: E402
-from data_pipeline.clean.settings import CleanSettings, LanguageSettings  # noqa: E402
+from data_pipeline.clean.settings import CleanSettings  # noqa: E402
 from data_pipeline.clean.words import FastWords, Page  # noqa: E402
 
 
@@ -65,25 +57,9 @@ def corpus_texts() -> list[str]:
 
 
 def stock_pipeline(texts: Sequence[str], folder: Path) -> list[PipelineStep]:
-    """Blocks of datatrove in FineWeb's order, each with a writer for what it drops."""
-    words = FastWords()
-
-    def dropped(name: str) -> JsonlWriter:
-        return JsonlWriter(str(folder / "dropped" / name), compression="zstd")
-
-    language = LanguageFilter("en", exclusion_writer=dropped("language"))
-    language.model._model = load_fasttext(find_language_model(LanguageSettings()))
-    return [
-        FromMemory(texts),
-        FTFYFormatter(),
-        language,
-        GopherRepetitionFilter(language=words, exclusion_writer=dropped("repetition")),
-        GopherQualityFilter(language=words, exclusion_writer=dropped("quality")),
-        C4QualityFilter(filter_no_terminal_punct=False, language=words, exclusion_writer=dropped("c4")),
-        FineWebQualityFilter(language=words, exclusion_writer=dropped("fineweb")),
-        PIIFormatter(),
-        JsonlWriter(str(folder / "documents"), compression="zstd"),
-    ]
+    """Datatrove's blocks from memory to compressed files."""
+    documents = JsonlWriter(str(folder / "documents"), compression="zstd")
+    return [FromMemory(texts), *stock_cleaning(FastWords(), folder / "dropped"), documents]
 
 
 def run(pipeline: Sequence[PipelineStep]) -> tuple[float, dict[str, str]]:

