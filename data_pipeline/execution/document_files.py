@@ -6,7 +6,6 @@ and against level 3 it saves 11% of the size for six times the time. Files betwe
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ class StageWriter(JsonlWriter):
         super().__init__(str(folder), output_filename=name + DOCUMENTS_SUFFIX, compression=None, adapter=_as_record)
         self.output_mg = _CompressedFiles(self.output_folder, mode="wb", compression=None)
 
-    def open(self, rank: int, **tags: str) -> None:
+    def open(self, rank: int) -> None:
         """Make sure that the file of piece ``rank`` is there, also if nothing is written to it."""
-        template: string.Template = self.output_filename
-        self.output_mg.get_file(template.substitute(rank=str(rank).zfill(5), **tags))
+        self.output_mg.get_file(self.output_filename.substitute(rank=str(rank).zfill(5)))
 
 
 def _as_record(_: StageWriter, document: Document) -> dict[str, Any]:

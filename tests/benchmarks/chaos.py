@@ -68,8 +68,8 @@ START_SECONDS, END_SECONDS = 300.0, 240.0
 class Victim:
     """One start of the run that will be hurt, and what a fault may do to it."""
 
-    def __init__(self, config: Path, run: Path, steps: int, generator: random.Random) -> None:
-        self.run, self.steps, self.generator = run, steps, generator
+    def __init__(self, config: Path, run: Path, generator: random.Random) -> None:
+        self.run, self.generator = run, generator
         self.launch = Launch(ROOT, config)
         self._killed = False
 
@@ -264,7 +264,7 @@ def configure(folder: Path, data: Path, name: str, steps: int) -> Path:
     return path
 
 
-def hurt(config: Path, run: Path, steps: int, kinds: list[str], minutes: float, seed: int) -> dict[str, Any]:
+def hurt(config: Path, run: Path, kinds: list[str], minutes: float, seed: int) -> dict[str, Any]:
     """Start, hurt, start again until the time is over or the run is; then to its end. What happened, by kind."""
     generator = random.Random(seed)
     deadline = time.monotonic() + 60 * minutes
@@ -276,7 +276,7 @@ def hurt(config: Path, run: Path, steps: int, kinds: list[str], minutes: float, 
     before: tuple[str, int] | None = None  # the last fault, and the step the run had reached
     while True:
         at_peace = time.monotonic() > deadline
-        victim = Victim(config, run, steps, generator)
+        victim = Victim(config, run, generator)
         training = victim.wait_for_training()
         if before is not None and training:
             repeated[before[0]].append(before[1] - resumed_after(victim))
@@ -340,7 +340,7 @@ def main() -> int:
         values["run"]["dir"] = str(folder / "disk")
         config.write_text(json.dumps(values))
         started = time.monotonic()
-        happened = hurt(config, folder / "disk" / "hurt", options.steps, kinds, options.minutes, options.seed)
+        happened = hurt(config, folder / "disk" / "hurt", kinds, options.minutes, options.seed)
         seconds = time.monotonic() - started
         difference = difference_of_runs(folder / "disk" / "hurt", folder / "runs" / "undisturbed", options.steps)
     total = sum(happened["injected"].values())
