@@ -27,6 +27,7 @@ from torch import nn
 
 from model.config import IceConfig
 from model.expert_load import ExpertLoad
+from model.grouped_product import GroupedProduct, grouped_mm
 from model.init import matrix_std, output_std
 from model.swiglu import SwiGLU
 
@@ -168,12 +169,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
         nn.init.normal_(self.gate_up_proj, std=matrix_std(config.dim))
         nn.init.normal_(self.down_proj, std=output_std(config, config.expert_dim))
+        self.product: GroupedProduct = grouped_mm
 
     def forward(self, rows_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
         """(R, D) sorted by expert to (R, D); expert i owns rows ``offsets[i - 1] : offsets[i]``."""
-        gate_up = torch._grouped_mm(rows_RD, self.gate_up_proj.transpose(-2, -1), offs=offsets_E)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch._grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets_E)
+        gate, up = self.product(rows_RD, self.gate_up_proj, offsets_E).chunk(2, dim=-1)
+        return self.product(F.silu(gate) * up, self.down_proj, offsets_E)
 
 
 def row_alignment(device: torch.device, dtype: torch.dtype) -> int:
@@ -203,7 +204,8 @@ class MoELayer(nn.Module):
     def routed(self, x_ND: torch.Tensor) -> torch.Tensor:
         """What the routed experts alone add, (N, D) to (N, D); N may be 0."""
         routes = self.router(x_ND)
-        plan = plan_dispatch(routes, row_alignment(x_ND.device, x_ND.dtype))
+        alignment = max(row_alignment(x_ND.device, x_ND.dtype), self.experts.product.row_alignment)
+        plan = plan_dispatch(routes, alignment)
         rows_RD = _Dispatch.apply(x_ND, plan.token_of_row_R, plan.row_of_choice_NK)
         rows_RD = self.experts(rows_RD, plan.offsets_E)
         choices_NKD = _Collect.apply(rows_RD, plan.row_of_choice_NK)

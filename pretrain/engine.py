@@ -284,7 +284,10 @@ class TrainingEngine:
         self.model: IceModel = self._engine.module
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
+        from pretrain.expert_compute import adopt_engine_experts  # imports DeepSpeed
+
         adopt_replaced_layers(self.model, self.model.core.expert_load)
+        adopt_engine_experts(self.model)
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 
