@@ -79,7 +79,8 @@ def everything(model: IceModel, ids: torch.Tensor, **plan: Any) -> dict[str, tor
 
 @pytest.mark.parametrize(
     ("structure", "plan"),
-    [("experts", plan) for plan in PLANS if plan != "own_depths_and_reads"] + [(structure, "own_depths_and_reads") for structure in STRUCTURES],
+    [("experts", plan) for plan in PLANS if plan != "own_depths_and_reads"]
+    + [(structure, "own_depths_and_reads") for structure in STRUCTURES],
 )
 def test_every_policy_gives_the_bits_of_keeping_everything(structure: str, plan: str) -> None:
     config = STRUCTURES[structure]
@@ -229,13 +230,15 @@ def test_offloaded_states_leave_the_device_and_are_freed_after_the_backward(monk
     assert all(bytes_of.host_afterwards == 0 for bytes_of in stored.values())
 
 
-def test_memory_that_several_loops_keep_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_loop_hands_on_is_kept_once_however_many_loops_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = IceConfig(attn_type="moda_v2", n_kv_heads=16, moda_history_window=3).scaled_down()
     model = amplified(config)
-    model.set_remat("loop", offload=True)
-    three, nine = (Stored(model, n, monkeypatch).host for n in (3, 9))
     keys_and_values = 2 * config.n_kv_heads * config.head_dim * 2 * 24 * 4
-    assert nine - three == 6 * (state_bytes(config) + keys_and_values)
+    for offload in (False, True):
+        model.set_remat("loop", offload=offload)
+        three, nine = (Stored(model, n, monkeypatch) for n in (3, 9))
+        grown = nine.host - three.host if offload else nine.device - three.device
+        assert grown == 6 * (state_bytes(config) + keys_and_values)
 
 
 def test_a_tape_replays_in_order_from_the_start_each_time_and_only_its_kinds() -> None:
