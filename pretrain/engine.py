@@ -257,6 +257,7 @@ class TrainingEngine:
         from deepspeed.accelerator import get_accelerator
 
         from pretrain.expert_compute import adopt_engine_experts, expert_product
+        from pretrain.expert_layer import adopt_expert_layers
         from pretrain.lean_zero import adopt_lean_zero
 
         product = expert_product(config.parallel.expert_backend)
@@ -279,7 +280,7 @@ class TrainingEngine:
         sharded = deepspeed.zero.Init(config_dict_or_path=settings) if config.parallel.zero_init else None
         with sharded or contextlib.nullcontext():
             model = IceModel(config.model)
-        model.set_remat(config.loop.remat)
+        model.set_remat(config.loop.remat, config.loop.remat_once, config.loop.remat_offload)
         if config.parallel.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [LoopedCore])
         self._engine, *_ = deepspeed.initialize(
@@ -296,6 +297,7 @@ class TrainingEngine:
         self._zero = deepspeed.zero
         adopt_replaced_layers(self.model, self.model.core.expert_load)
         adopt_engine_experts(self.model, product)
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model)  # why it runs; None: ours does
         adopt_lean_zero(self._engine.optimizer)
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
