@@ -166,7 +166,7 @@ def gradients_with(values: dict[str, Any], loops: int, leaf: bool, reentrant: bo
     import deepspeed
     from torch.utils.checkpoint import checkpoint
 
-    import model.remat
+    import model.remat.checkpointing
 
     def reentrant_checkpoint(function: Callable[..., Tensor], *args: Any, **_: Any) -> Tensor:
         result: Tensor = checkpoint(function, *args, use_reentrant=True, preserve_rng_state=False)
@@ -176,7 +176,7 @@ def gradients_with(values: dict[str, Any], loops: int, leaf: bool, reentrant: bo
         if not leaf:
             changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules"))
         if reentrant:
-            changes.enter_context(mock.patch.object(model.remat, "checkpoint", reentrant_checkpoint))
+            changes.enter_context(mock.patch.object(model.remat.checkpointing, "checkpoint", reentrant_checkpoint))
         engine = start_engine(values)
         trace = train_on(engine, [Step(loops)], gradients=True)
         end_engine(engine)
