@@ -288,6 +288,9 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     expert_parallel_size: int = Field(1, ge=1)
     micro_batch_size: int = Field(1, ge=1, description="sequences a rank runs at once")
+    loss_chunk_tokens: int | None = Field(
+        1024, ge=1, description="tokens of a rank whose logits exist at once; null keeps all, which saves a product"
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
