@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from amplified import amplified
+from stored_bytes import LiveBytes, StoredBytes, stored_bytes
 
 from model import IceConfig, IceModel, remat
-from model.remat import HostCopies, checkpointed, keep, segments
+from model.remat import checkpointed, keep, segments
 from model.remat.tape import Playing, Tape
 
 SMALL = IceConfig(recurrent_layers=2, tie_embeddings=True).scaled_down()
@@ -135,44 +135,9 @@ def test_routing_is_decided_again_only_where_nothing_was_kept(
     assert calls.count("select_experts") == calls.count("plan_dispatch") == expected
 
 
-class Stored:
-    """What a forward leaves for its backward: bytes of every storage once, by where they are counted."""
-
-    def __init__(self, model: IceModel, n_loops: int, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> None:
-        seen: dict[int, torch.Tensor] = {}
-        tapes: list[Tape] = []
-        hosts: list[HostCopies] = []
-
-        def recorded(cls: type, made: list[Any]) -> None:
-            original = cls.__init__
-
-            def init(self: Any, *args: Any) -> None:
-                made.append(self)
-                original(self, *args)
-
-            monkeypatch.setattr(cls, "__init__", init)
-
-        recorded(Tape, tapes)
-        recorded(HostCopies, hosts)
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        ids = torch.randint(0, model.config.vocab_size, (2, 24))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(ids, n_loops=n_loops, **plan).sum()
-        # An inner tape of a segment is empty; a tape whose checkpoint is nested dies with its segment.
-        self.device = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-        self.tape = sum(tensor.untyped_storage().nbytes() for tape in tapes for tensor in tape.tensors())
-        self.host = sum(host.host_bytes() for host in hosts)
-        if hosts:
-            loss.backward()
-        del loss
-        seen.clear()
-        gc.collect()
-        self.host_afterwards = sum(host.host_bytes() for host in hosts)
-        monkeypatch.undo()
+def stored(model: IceModel, n_loops: int, **plan: Any) -> StoredBytes:
+    ids = torch.randint(0, model.config.vocab_size, (2, 24))
+    return stored_bytes(lambda: model(ids, n_loops=n_loops, **plan).sum())
 
 
 def state_bytes(config: IceConfig) -> int:
@@ -180,39 +145,39 @@ def state_bytes(config: IceConfig) -> int:
 
 
 @pytest.mark.parametrize("structure", ["experts", "dense", "mla"])
-def test_loop_stores_one_state_a_loop_and_nothing_else(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_stores_one_state_a_loop_and_nothing_else(structure: str) -> None:
     config = IceConfig(attn_type="mla").scaled_down() if structure == "mla" else STRUCTURES[structure]
     model = amplified(config)
     model.set_remat("loop")
-    stored = {n: Stored(model, n, monkeypatch) for n in (1, 2, 5, 16)}
-    for n, bytes_of in stored.items():
-        assert bytes_of.device - stored[1].device == (n - 1) * state_bytes(config)
+    by_depth = {n: stored(model, n) for n in (1, 2, 5, 16)}
+    for n, bytes_of in by_depth.items():
+        assert bytes_of.device - by_depth[1].device == (n - 1) * state_bytes(config)
         assert bytes_of.tape == bytes_of.host == 0
 
 
-def test_truncated_loops_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_loops_store_nothing() -> None:
     model = amplified(SMALL)
     model.set_remat("loop")
-    few, many = (Stored(model, n, monkeypatch, grad_loops=3).device for n in (5, 50))
+    few, many = (stored(model, n, grad_loops=3).device for n in (5, 50))
     assert few == many
 
 
-def test_sqrt_at_64_loops_stores_at_most_035_of_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqrt_at_64_loops_stores_at_most_035_of_loop() -> None:
     model = amplified(SMALL)
-    stored = {}
+    grown = {}
     for policy in ("loop", "sqrt"):
         model.set_remat(policy)  # type: ignore[arg-type]
-        stored[policy] = Stored(model, 64, monkeypatch).device - Stored(model, 1, monkeypatch).device
-    assert stored["loop"] == 63 * state_bytes(SMALL)
+        grown[policy] = stored(model, 64).device - stored(model, 1).device
+    assert grown["loop"] == 63 * state_bytes(SMALL)
     # 7 later segment starts, 7 later loop starts in the last segment; and a number a token, of what has not moved yet.
-    assert stored["sqrt"] == 14 * state_bytes(SMALL) + 2 * 24 * 4
-    assert stored["sqrt"] <= 0.35 * stored["loop"]
+    assert grown["sqrt"] == 14 * state_bytes(SMALL) + 2 * 24 * 4
+    assert grown["sqrt"] <= 0.35 * grown["loop"]
 
 
-def test_routes_adds_indices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routes_adds_indices_only() -> None:
     model = amplified(SMALL)
     model.set_remat("routes")
-    one, nine = Stored(model, 1, monkeypatch), Stored(model, 9, monkeypatch)
+    one, nine = stored(model, 1), stored(model, 9)
     assert nine.device - one.device == 8 * state_bytes(SMALL)
     choices, experts = 2 * 24 * SMALL.n_experts_per_tok, SMALL.n_experts
     # int32 each: the experts, where each choice's row lies, which token a row is; counts and ends by expert.
@@ -220,25 +185,43 @@ def test_routes_adds_indices_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nine.tape == 9 * one.tape
 
 
-def test_offloaded_states_leave_the_device_and_are_freed_after_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_states_leave_the_device_and_are_freed_after_the_backward() -> None:
     model = amplified(SMALL)
     model.set_remat("loop", offload=True)
-    stored = {n: Stored(model, n, monkeypatch) for n in (1, 2, 9)}
+    by_depth = {n: stored(model, n) for n in (1, 2, 9)}
     # The first loop starts from e, which all loops share and which stays.
-    assert [bytes_of.host for bytes_of in stored.values()] == [n * state_bytes(SMALL) for n in (0, 1, 8)]
-    assert len({bytes_of.device for bytes_of in stored.values()}) == 1
-    assert all(bytes_of.host_afterwards == 0 for bytes_of in stored.values())
+    assert [bytes_of.host for bytes_of in by_depth.values()] == [n * state_bytes(SMALL) for n in (0, 1, 8)]
+    assert len({bytes_of.device for bytes_of in by_depth.values()}) == 1
+    assert all(bytes_of.host_afterwards == 0 for bytes_of in by_depth.values())
 
 
-def test_what_a_loop_hands_on_is_kept_once_however_many_loops_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_loop_hands_on_is_kept_once_however_many_loops_see_it() -> None:
     config = IceConfig(attn_type="moda_v2", n_kv_heads=16, moda_history_window=3).scaled_down()
     model = amplified(config)
     keys_and_values = 2 * config.n_kv_heads * config.head_dim * 2 * 24 * 4
     for offload in (False, True):
         model.set_remat("loop", offload=offload)
-        three, nine = (Stored(model, n, monkeypatch) for n in (3, 9))
+        three, nine = (stored(model, n) for n in (3, 9))
         grown = nine.host - three.host if offload else nine.device - three.device
         assert grown == 6 * (state_bytes(config) + keys_and_values)
+
+
+@pytest.mark.parametrize("way", ["none", *WAYS])
+def test_the_counters_account_for_all_memory_that_a_loop_takes(way: str) -> None:
+    """What is alive after a forward grows by what the graph, the tapes and the host copies are counted to hold."""
+    model = amplified(SMALL)
+    if way in WAYS:
+        model.set_remat(*WAYS[way])
+    alive, counted = {}, {}
+    for n_loops in (2, 6):
+        with LiveBytes() as live:
+            loss = model(torch.zeros(2, 24, dtype=torch.int64), n_loops=n_loops).sum()
+        alive[n_loops] = live.now
+        del loss
+        counted[n_loops] = sum(stored(model, n_loops)[:3])
+    model.core.expert_load.take()
+    rounding = 4 * 4 * SMALL.recurrent_layers * SMALL.n_experts * 8  # the load's own counts, of 4 more loops
+    assert 0 <= (alive[6] - alive[2]) - (counted[6] - counted[2]) <= rounding + 1024, (alive, counted)
 
 
 def test_a_tape_replays_in_order_from_the_start_each_time_and_only_its_kinds() -> None:

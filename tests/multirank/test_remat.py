@@ -72,7 +72,8 @@ def outcome_of(engine: Any) -> Outcome:
 
     inputs, targets = next(rank_jobs.micro_batches(engine, 0))
     with recorded_exchanges() as sent:
-        output = engine.forward(inputs, STEP.loops, grad_loops=STEP.grad_loops, **STEP.reads(engine.config))
+        options = {"targets": targets, "grad_loops": STEP.grad_loops, **STEP.reads(engine.config)}
+        output = engine.forward(inputs, STEP.loops, **options)
         loss = training_objective(output, targets, engine.config).total
         forward = len(sent)
         engine.backward(loss)
