@@ -139,13 +139,20 @@ class GroupedMM:
             gradient_EOI = torch._grouped_mm(grad_RO.t(), rows_RI, offs=offsets_E)
             sum_EOI.copy_(gradient_EOI) if fresh else sum_EOI.add_(gradient_EOI)
             return
-        start = 0
-        for sum_OI, end in zip(sum_EOI.unbind(0), offsets_E.tolist(), strict=True):
-            if end > start:
-                torch.addmm(sum_OI, grad_RO[start:end].t(), rows_RI[start:end], beta=0 if fresh else 1, out=sum_OI)
+        sizes = _group_sizes(offsets_E, rows_RI.shape[0])
+        *grads, _ = grad_RO.t().split(sizes, dim=1)
+        *groups, _ = rows_RI.split(sizes)
+        for sum_OI, grad, rows in zip(sum_EOI.unbind(0), grads, groups, strict=True):
+            if rows.shape[0]:
+                sum_OI.addmm_(grad, rows, beta=0 if fresh else 1)
             elif fresh:
                 sum_OI.zero_()
-            start = end
+
+
+def _group_sizes(offsets_E: Tensor, rows: int) -> list[int]:
+    """Rows of each expert, on the host, and then those past the last offset."""
+    ends = [*offsets_E.tolist(), rows]
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 class ExpertLoop:
@@ -155,10 +162,8 @@ class ExpertLoop:
 
     def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
         """See :class:`GroupedProduct`; rows past the last offset come out as zeros."""
-        ends = offsets_E.tolist()
-        sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         # split and unbind have one gradient; indexing would make a whole tensor of zeros for each expert.
-        *groups, padding = rows_RI.split([*sizes, rows_RI.shape[0] - ends[-1]])
+        *groups, padding = rows_RI.split(_group_sizes(offsets_E, rows_RI.shape[0]))
         outputs = [rows @ weight_OI.T for rows, weight_OI in zip(groups, weight_EOI.unbind(0), strict=True)]
         return torch.cat((*outputs, padding.new_zeros(padding.shape[0], weight_EOI.shape[1])))
 
