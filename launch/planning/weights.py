@@ -10,6 +10,7 @@ for a looped core, which is a leaf, everything inside it. The groups come in the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class ModelWeights:
         return {part: count for part, count in counts.items() if count}
 
 
+@functools.lru_cache(maxsize=64)
 def model_weights(config: IceConfig) -> ModelWeights:
     """The weights of ``config``'s model."""
     dim, vocabulary = config.dim, config.vocab_size
