@@ -52,11 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     paths = [ROOT / "configs" / f"{name}.json" for name in VARIANTS] if options.all else [options.config]
     plans = [plan_of(path, options) for path in paths]
-    console = Console(soft_wrap=True)
     if options.all:
+        # A row is longer than a terminal that nobody has widened.
+        console = Console(width=None if sys.stdout.isatty() else 170)
         console.print(overview_table(plans))
     else:
-        print_plan(plans[0], console)
+        print_plan(plans[0], Console(soft_wrap=True))
     if options.json is not None:
         write_json_atomically(options.json, [plan.to_json() for plan in plans] if options.all else plans[0].to_json())
     if options.picture is not None:

@@ -17,11 +17,16 @@ stay until that module's backward: it is not gathered a third time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from launch.planning.engine_settings import EngineSettings
-from launch.planning.weights import ModelWeights, Weight, WeightGroup
+from launch.planning.weights import ModelWeights, Weight, WeightGroup, model_weights
+
+if TYPE_CHECKING:
+    from model.config import IceConfig
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,20 @@ def walk(weights: ModelWeights, *, recompute_once: bool, extra_reads: int = 0, p
     return uses
 
 
+@functools.lru_cache(maxsize=1024)
+def walked(
+    config: IceConfig,
+    placement: Placement,
+    settings: EngineSettings,
+    recompute_once: bool,
+    extra_reads: int = 0,
+    probes: int = 0,
+) -> Gathering:
+    """The account of a model's micro-batch, remembered: a search asks for the same one many times."""
+    uses = walk(model_weights(config), recompute_once=recompute_once, extra_reads=extra_reads, probes=probes)
+    return gather(uses, placement, settings)
+
+
 def gather(uses: list[Use], placement: Placement, settings: EngineSettings) -> Gathering:
     """Follow ``uses`` as the engine does in a step after the one in which it learnt them."""
     account = Gathering()
@@ -155,9 +174,10 @@ def gather(uses: list[Use], placement: Placement, settings: EngineSettings) -> G
         fetch(ahead)
         key = (use.phase, use.group.name)
         account.live_elements[key] = max(live, account.live_elements.get(key, 0))
-        soon = set(_within(uses[turn + 1 :], placement, settings.max_reuse_distance))
-        for weight in use.group.weights:
-            if weight.name not in persistent and weight.name not in soon and fetched_for[weight.name] <= turn:
+        leaving = [w for w in use.group.weights if w.name not in persistent and fetched_for[w.name] <= turn]
+        soon = set(_within(uses[turn + 1 :], placement, settings.max_reuse_distance)) if leaving else set()
+        for weight in leaving:
+            if weight.name not in soon:
                 live -= available.pop(weight.name)
     return account
 

@@ -23,6 +23,7 @@ class Gpu:
     nvlink_bytes_per_second: float
     network_bytes_per_second: float
     host_bytes_per_second: float  # PCIe
+    host_memory_bytes: float = 230e9  # a GPU's part of 2 TB a node, less what the system needs
     per_node: int = 8
 
 

@@ -12,18 +12,26 @@ ZeRO-2 holds all weights, ZeRO-1 all weights and, in a step, all gradients; stag
                       walked, the gradients of its whole local weights; logits live on in the step's output
     optimizer step    an fp32 copy of the largest sub-group's gradients and Adam's temporaries
 
+Building the engine has a peak of its own, ``start_bytes``.
+
 ``gathering.py`` says which weights are gathered when. A CPU has no caching allocator, so there the allowance is zero;
 on a GPU it is a share of everything that comes and goes, and what CUDA and NCCL take before the first tensor.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from launch.planning.activations import core_loop, dense_block, loop_state_bytes
-from launch.planning.gathering import gather, walk
+from launch.planning.gathering import Placement, walked
 from launch.planning.run import PlannedRun
-from launch.planning.weights import ModelWeights, WeightGroup, model_weights
+from launch.planning.weights import model_weights
+
+if TYPE_CHECKING:
+    from model.config import IceConfig
 
 _FRAGMENTATION = 0.05  # of what comes and goes
 _CUDA_BYTES = 2.5 * 2**30  # context, cuBLAS and NCCL buffers
@@ -52,6 +60,7 @@ class MemoryPlan:
     by_kind: dict[str, float]
     host_bytes: float
     moments: dict[str, float]  # the total of each
+    start_bytes: float  # while the engine is built, before the first step
 
     @property
     def total(self) -> float:
@@ -61,9 +70,8 @@ class MemoryPlan:
 
 def plan_memory(run: PlannedRun, *, on_gpu: bool = True) -> MemoryPlan:
     """The memory of a rank of ``run``; on a CPU, device and host are one, and nothing fragments."""
-    weights = model_weights(run.model)
-    static, host = _static(run, weights)
-    passing = _moments(run, weights, on_gpu=on_gpu)
+    static, host = _static(run)
+    passing = _moments(run, on_gpu=on_gpu)
     totals = {}
     for moment, kinds in passing.items():
         if on_gpu:
@@ -76,23 +84,62 @@ def plan_memory(run: PlannedRun, *, on_gpu: bool = True) -> MemoryPlan:
         if kind in static or kind in passing[fullest]
     }
     states_on_host = _loop_states(run) if run.remat_offload else 0.0
-    return MemoryPlan(fullest, by_kind, host + states_on_host, totals)
+    return MemoryPlan(fullest, by_kind, host + states_on_host, totals, _start(run))
 
 
-def _local_elements(run: PlannedRun, weights: ModelWeights) -> int:
-    return sum(run.placement.local_elements(weight) for weight in weights.weights())
+@dataclass(frozen=True)
+class Elements:
+    """Numbers of parameters that a rank has of a model: whole (its own experts of the routed ones), and as shards."""
+
+    local: int
+    shard_shared: int
+    shard_experts: int
+    local_shared: int
+    after_core: int  # of coda, last norm and head
+    largest_core: int
+    largest_matrix: int
+
+    @property
+    def shard(self) -> int:
+        """Its shard of everything."""
+        return self.shard_shared + self.shard_experts
 
 
-def own_elements(run: PlannedRun, *, experts: bool | None = None) -> int:
-    """This rank's shard of all parameters, what its optimizer steps; of the routed experts' only, or all but those."""
-    placement = run.placement
-    count = placement.local_elements if run.zero_stage == 0 else placement.shard_elements
-    return sum(count(weight) for weight in model_weights(run.model).weights() if experts in (None, weight.expert))
+@functools.lru_cache(maxsize=1024)
+def elements_of(config: IceConfig, placement: Placement) -> Elements:
+    """Count them, once for each model and placement: a search asks often."""
+    weights = model_weights(config)
+    everything = list(weights.weights())
+    shared = [weight for weight in everything if not weight.expert]
+    experts = [weight for weight in everything if weight.expert]
+    local, shard = placement.local_elements, placement.shard_elements
+    return Elements(
+        local=sum(map(local, everything)),
+        shard_shared=sum(map(shard, shared)),
+        shard_experts=sum(map(shard, experts)),
+        local_shared=sum(map(local, shared)),
+        after_core=sum(
+            map(local, [w for group in (*chain(*weights.coda), weights.norm, weights.head) for w in group.weights])
+        ),
+        largest_core=max(sum(map(local, core.weights)) for core in weights.cores),
+        # The engine splits gate from up.
+        largest_matrix=max(
+            local(weight) // (2 if weight.expert and "gate_up" in weight.name else 1)
+            for core in weights.cores
+            for weight in core.weights
+        ),
+    )
 
 
-def _static(run: PlannedRun, weights: ModelWeights) -> tuple[dict[str, float], float]:
+def own_elements(run: PlannedRun) -> int:
+    """What this rank's optimizer steps."""
+    elements = elements_of(run.model, run.placement)
+    return elements.local if run.zero_stage == 0 else elements.shard
+
+
+def _static(run: PlannedRun) -> tuple[dict[str, float], float]:
     """What never goes away, and what of it lies in host memory."""
-    b, own, local = run.dtype_bytes, own_elements(run), _local_elements(run, weights)
+    b, own, local = run.dtype_bytes, own_elements(run), elements_of(run.model, run.placement).local
     master = 0 if run.zero_stage == 0 and b == 4 else 4 * own
     optimizer, gradients = float(master + 8 * own), float(b * own)
     kept = float(b * (own if run.zero_stage == 3 else local))
@@ -103,15 +150,9 @@ def _static(run: PlannedRun, weights: ModelWeights) -> tuple[dict[str, float], f
     if run.offload_parameters:
         host += kept
         kept = 0.0
-    bucket = 0.0 if run.zero_stage == 0 else float(b * run.engine.reduce_bucket_size)
-    if run.zero_stage == 0:
-        gradients = 0.0  # they come with the backward: "gradients, whole"
-    static = {
-        "weights, own": kept,
-        "gradients, own": gradients,
-        "gradient bucket": bucket,
-        "optimizer": optimizer,
-    }
+    static = {"weights, own": kept, "optimizer": optimizer}
+    if run.zero_stage == 3:  # the others make them anew in each backward
+        static |= {"gradients, own": gradients, "gradient bucket": float(b * run.engine.reduce_bucket_size)}
     return static, host
 
 
@@ -155,7 +196,7 @@ def _after_core(run: PlannedRun) -> float:
     return (model.coda_layers * block + (8 + b) * model.dim) * (1 + run.extra_reads) + fusion
 
 
-def _moments(run: PlannedRun, weights: ModelWeights, *, on_gpu: bool) -> dict[str, dict[str, float]]:
+def _moments(run: PlannedRun, *, on_gpu: bool) -> dict[str, dict[str, float]]:
     model, b, tokens = run.model, run.dtype_bytes, run.micro_tokens
     loop, dense = core_loop(model, b), dense_block(model, b)
     states = 0.0 if run.remat_offload and on_gpu else _loop_states(run)
@@ -165,81 +206,95 @@ def _moments(run: PlannedRun, weights: ModelWeights, *, on_gpu: bool) -> dict[st
     chunk = float(model.vocab_size * min(tokens, _LOSS_CHUNK_TOKENS))
     held = 0.0 if run.chunked_loss else b * logits
     widened = 4.0 if b < 4 else 0.0  # the fp32 copy of half-precision logits
-    live = _live(run, weights)
-    leaves = [_leaf(run, core) for core in weights.cores]
-    biggest = max(leaves)
+    forward, backward = _live(run, "forward"), _live(run, "backward")
+    elements = elements_of(model, run.placement)
     recomputed = 0.0 if run.remat == "none" else loop.saved
     moments = {
         "forward's end": {
-            "weights, gathered": live("forward"),
+            "weights, gathered": forward,
             "loop states": states,
             "activations": once,
             "logits": chunk * (b + 4 + widened) if run.chunked_loss else (b + 4 + widened) * logits,
         },
         "loss's backward": {
-            "weights, gathered": live("forward"),
+            "weights, gathered": forward,
             "loop states": states,
             "activations": once,
             "logits": chunk * (b + 12) if run.chunked_loss else held + (12 + widened) * logits,
         },
         "core's backward": {
-            "weights, gathered": live("backward"),
+            "weights, gathered": backward,
             "loop states": states,
             "activations": before + (recomputed + loop.backward_passing) * tokens,
-            "gradients, whole": b * (biggest + _largest_matrix(run, weights)),
+            "gradients, whole": b * (elements.largest_core + elements.largest_matrix),
             "logits": held,
         },
         "forward of a loop": {
-            "weights, gathered": live("forward"),
+            "weights, gathered": forward,
             "loop states": states,
             "activations": before + (recomputed + loop.forward_passing) * tokens,
         },
         "dense block's backward": {
-            "weights, gathered": live("backward"),
+            "weights, gathered": backward,
             "loop states": states,
             "activations": once + ((dense.saved if run.remat_once else 0) + dense.backward_passing) * tokens,
             "logits": held,
         },
     }
-    if run.zero_stage in (0, 1):  # whole gradients until the step
-        for moment in moments.values():
-            moment["gradients, whole"] = moment.get("gradients, whole", 0.0) + b * _local_elements(run, weights)
+    if run.zero_stage < 3:
+        _add_growing_gradients(run, moments)
     moments["optimizer step"] = _step(run)
     return moments
 
 
-def _live(run: PlannedRun, weights: ModelWeights):  # type: ignore[no-untyped-def]
-    """A function from a phase to the bytes of weights gathered at its fullest."""
+def _add_growing_gradients(run: PlannedRun, moments: dict[str, dict[str, float]]) -> None:
+    """Below ZeRO-3 gradients stay as they come: the head's and coda's before the core's, the prelude's last."""
+    elements, b = elements_of(run.model, run.placement), run.dtype_bytes
+    share = run.ranks if run.zero_stage == 2 else 1
+    for moment, so_far in (
+        ("core's backward", elements.after_core),
+        ("dense block's backward", elements.local if run.zero_stage < 2 else elements.shard * share),
+    ):
+        kinds = moments[moment]
+        kinds["gradients, own"] = b * so_far / share
+        if run.zero_stage:
+            kinds["gradient bucket"] = float(b * min(run.engine.reduce_bucket_size, elements.local))
+
+
+def _live(run: PlannedRun, phase: str) -> float:
+    """Bytes of weights gathered at the fullest of ``phase``."""
     if run.zero_stage != 3:
-        return lambda phase: 0.0
-    uses = walk(weights, recompute_once=run.remat_once, extra_reads=run.extra_reads, probes=run.probes)
-    account = gather(uses, run.placement, run.engine)
-
-    def live(phase: str) -> float:
-        most = max(elements for (at, _), elements in account.live_elements.items() if at == phase)
-        return float(run.dtype_bytes * most)
-
-    return live
-
-
-def _leaf(run: PlannedRun, core: WeightGroup) -> int:
-    return sum(run.placement.local_elements(weight) for weight in core.weights)
-
-
-def _largest_matrix(run: PlannedRun, weights: ModelWeights) -> int:
-    """A new contribution to a gradient exists beside the sum it is added to; the engine splits gate from up."""
-    matrices = (weight for core in weights.cores for weight in core.weights)
-    return max(
-        run.placement.local_elements(weight) // (2 if weight.expert and "gate_up" in weight.name else 1)
-        for weight in matrices
-    )
+        return 0.0
+    account = walked(run.model, run.placement, run.engine, run.remat_once, run.extra_reads, run.probes)
+    most = max(elements for (at, _), elements in account.live_elements.items() if at == phase)
+    return float(run.dtype_bytes * most)
 
 
 def _step(run: PlannedRun) -> dict[str, float]:
     """ZeRO-3 steps sub-groups of its shard one after the other; experts and the rest are never in one."""
     if run.offload_optimizer:
         return {"weights, gathered": 0.0}
-    group = max(own_elements(run, experts=True), own_elements(run, experts=False))
+    elements = elements_of(run.model, run.placement)
+    if run.zero_stage == 0:
+        return {"gradients, own": float(run.dtype_bytes * elements.local), "optimizer": 4.0 * elements.local}
+    group = max(elements.shard_shared, elements.shard_experts)
     if run.zero_stage == 3:
-        group = min(group, run.engine.sub_group_size)
-    return {"optimizer": float((4 + _ADAM_TEMPORARIES) * group)}
+        return {"optimizer": float((4 + _ADAM_TEMPORARIES) * min(group, run.engine.sub_group_size))}
+    copied = 4 * elements.shard if run.dtype_bytes < 4 else 0
+    return {
+        "gradients, own": float(run.dtype_bytes * elements.shard),
+        "optimizer": float(copied + _ADAM_TEMPORARIES * group),
+    }
+
+
+def _start(run: PlannedRun) -> float:
+    """While the engine is built: AutoEP cuts a layer's experts out of all of them, before ZeRO shards the rest.
+
+    With ``zero_init`` every rank gathers both matrices of a layer whole, beside its shard of the model; without it the
+    model is built whole in host memory and what a rank keeps of it is moved to its device.
+    """
+    elements = elements_of(run.model, run.placement)
+    if run.zero_init and run.model.n_experts:
+        whole = 3 * run.model.n_experts * run.model.expert_dim * run.model.dim
+        return float(run.dtype_bytes * (whole + elements.shard + elements.largest_core))
+    return float(run.dtype_bytes * elements.local)

@@ -31,7 +31,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank's memory is enough."""
-        return self.memory.total <= usable_bytes(self.gpu)
+        in_host = self.memory.host_bytes <= self.gpu.host_memory_bytes
+        return in_host and self.memory.total <= usable_bytes(self.gpu)
 
     @property
     def days(self) -> float:
@@ -63,6 +64,7 @@ class Plan:
                 "by_kind": self.memory.by_kind,
                 "moments": self.memory.moments,
                 "host": self.memory.host_bytes,
+                "start": self.memory.start_bytes,
             },
             "flops_per_token": {part: asdict(own) for part, own in training_flops(run, run.mean_loops).items()},
             "transfers": [

@@ -39,6 +39,7 @@ class PlannedRun:
     remat: Remat = "loop"
     remat_once: bool = True  # prelude and coda blocks are recomputed
     remat_offload: bool = False
+    zero_init: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     extra_reads: int = 0  # CDL reads the model at one more depth
@@ -96,6 +97,7 @@ def planned_run(config: TrainingConfig, ranks: int, dtype_bytes: int) -> Planned
         micro_batch_size=parallel.micro_batch_size,
         remat=loop.remat,
         remat_once=loop.remat != "none",
+        zero_init=parallel.zero_init,
         offload_optimizer=parallel.offload_optimizer != "none",
         offload_parameters=parallel.offload_parameters != "none",
         extra_reads=1 if loop.cdl is not None else 0,

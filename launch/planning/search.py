@@ -1,8 +1,9 @@
 """Looking for settings: the best for a given cluster, the smallest cluster that fits, and what would make a run fit.
 
 Candidates are all combinations of what a user may set without changing what is trained: expert-parallel size, ZeRO
-stage, micro-batch, recomputation policy, and the optimizer in host memory. A candidate must divide (experts by EP,
-ranks by EP, the global batch by ranks x micro-batch) and fit; the fastest by ``roofline.py`` wins.
+stage, micro-batch and recomputation policy. A candidate must divide (experts by EP, ranks by EP, the global batch by
+ranks x micro-batch) and fit, on the device and in its share of the node's memory; the fastest by ``roofline.py`` wins.
+The optimizer is in host memory where the run has it there; moving it is a remedy, not a choice: it is slow.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def divides(run: PlannedRun) -> bool:
 def evaluate(run: PlannedRun, gpu: Gpu) -> Candidate | None:
     """``run`` with its plan, None where it does not fit."""
     memory = plan_memory(run)
-    return Candidate(run, memory, step_time(run, gpu)) if memory.total <= usable_bytes(gpu) else None
+    fits = memory.total <= usable_bytes(gpu) and memory.host_bytes <= gpu.host_memory_bytes
+    return Candidate(run, memory, step_time(run, gpu)) if fits else None
 
 
 def best(run: PlannedRun, gpu: Gpu) -> Candidate | None:
@@ -103,7 +105,8 @@ def remedies(run: PlannedRun, gpu: Gpu) -> list[str]:
 def _candidates(run: PlannedRun) -> Iterator[PlannedRun]:
     sizes = [size for size in _powers(run.model.n_experts or 1) if run.ranks % size == 0]
     batches = _powers(run.global_batch_size // run.ranks) if run.global_batch_size >= run.ranks else []
-    for size, stage, batch, policy, offload in itertools.product(sizes, (1, 2, 3), batches, _POLICIES, (False, True)):
+    stages = (3,) if run.zero_init or run.offload_parameters else (1, 2, 3)
+    for size, stage, batch, policy in itertools.product(sizes, stages, batches, _POLICIES):
         if policy in ("routes", "dispatch") and (size == 1 or run.model.n_experts == 0):
             continue
         candidate = replace(
@@ -113,7 +116,6 @@ def _candidates(run: PlannedRun) -> Iterator[PlannedRun]:
             micro_batch_size=batch,
             remat=policy,
             remat_once=policy != "none",
-            offload_optimizer=offload,
         )
         if divides(candidate):
             yield candidate

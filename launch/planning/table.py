@@ -90,29 +90,23 @@ def time_table(plan: Plan) -> Table:
 
 
 def overview_table(plans: list[Plan]) -> Table:
-    """One row a run: what the README shows."""
-    table = _table(
-        "as configured",
-        *("run", "parameters", "active", "GPUs", "EP", "fits", "GiB a rank", "step s", "MFU", "tokens a day", "days"),
-        *("smallest", "its settings"),
-    )
+    """One row a run: as it is configured, and the smallest cluster on which anything fits."""
+    columns = ("run", "params", "active", "GPUs", "EP", "mb", "GiB", "fits", "step s", "MFU", "tokens/day", "days")
+    table = _table("as configured, and the smallest cluster", *columns, "least GPUs", "EP/ZeRO/mb/remat", "step s")
     for plan in plans:
-        weights = model_weights(plan.run.model)
-        small = plan.smallest
+        run, small = plan.run, plan.smallest
+        least = ("none", "", "")
+        if small is not None:
+            own = small.run
+            short = f"{own.expert_parallel_size}/{own.zero_stage}/{own.micro_batch_size}/{own.remat}"
+            least = (str(own.ranks), short, f"{small.time.seconds:,.1f}")
         table.add_row(
-            plan.run.name,
-            _short(weights.total),
-            _short(active_parameters(plan.run.model)),
-            f"{plan.run.ranks}",
-            f"{plan.run.expert_parallel_size}",
-            "yes" if plan.fits else "no",
-            gibibytes(plan.memory.total),
-            f"{plan.time.seconds:,.1f}",
-            f"{plan.time.utilisation:.0%}",
-            f"{plan.time.tokens_per_day:,.2g}",
-            f"{plan.days:,.0f}",
-            "none" if small is None else f"{small.run.ranks}",
-            "" if small is None else small.describe(),
+            *(run.name, _short(model_weights(run.model).total), _short(active_parameters(run.model))),
+            *(str(run.ranks), str(run.expert_parallel_size), str(run.micro_batch_size)),
+            *(gibibytes(plan.memory.total), "yes" if plan.fits else "no"),
+            *(f"{plan.time.seconds:,.1f}", f"{plan.time.utilisation:.0%}", f"{plan.time.tokens_per_day:,.2g}"),
+            f"{plan.days:,.1f}",
+            *least,
         )
     return table
 
@@ -132,6 +126,11 @@ def _verdict(plan: Plan) -> RenderableType:
         lines += [f"  It would with {remedy}." for remedy in plan.remedies]
         if not plan.remedies:
             lines.append("  No change of settings makes it fit this many GPUs.")
+    if plan.memory.start_bytes > usable_bytes(plan.gpu):
+        lines.append(
+            f"Starting does not fit: AutoEP gathers a layer's experts whole on every rank, "
+            f"{gibibytes(plan.memory.start_bytes)} GiB."
+        )
     if plan.best is not None:
         found = plan.best
         lines.append(

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.planning.gathering import gather, persistent_gather, walk
+from launch.planning.gathering import persistent_gather, walked
+from launch.planning.memory import elements_of
 from launch.planning.run import PlannedRun
 from launch.planning.weights import model_weights
 
@@ -82,13 +83,13 @@ def _ring(run: PlannedRun, kind: str, owners: int, buffer_bytes: float) -> Trans
 
 def _parameters(run: PlannedRun) -> list[Transfer]:
     """ZeRO-3's gathers; under ZeRO 1 and 2 every updated parameter once a step."""
-    weights, placement = model_weights(run.model), run.placement
+    placement = run.placement
     elements: dict[int, int] = {}
     if run.zero_stage == 3:
-        uses = walk(weights, recompute_once=run.remat_once, extra_reads=run.extra_reads, probes=run.probes)
-        for owners, count in gather(uses, placement, run.engine).gathered.items():
+        account = walked(run.model, placement, run.engine, run.remat_once, run.extra_reads, run.probes)
+        for owners, count in account.gathered.items():
             elements[owners] = elements.get(owners, 0) + count * run.grad_accum_steps
-        for owners, count in persistent_gather(weights, placement, run.engine).items():
+        for owners, count in persistent_gather(model_weights(run.model), placement, run.engine).items():
             elements[owners] = elements.get(owners, 0) + count
     elif run.zero_stage in (1, 2):
         elements = _by_owners(run)
@@ -107,12 +108,14 @@ def _gradients(run: PlannedRun) -> list[Transfer]:
 
 def _by_owners(run: PlannedRun) -> dict[int, int]:
     """Elements of all parameters, padded to equal shards, by how many ranks share them."""
-    placement = run.placement
-    elements: dict[int, int] = {}
-    for weight in model_weights(run.model).weights():
-        owners = placement.owners(weight)
-        elements[owners] = elements.get(owners, 0) + placement.shard_elements(weight) * owners
-    return elements
+    placement, elements = run.placement, elements_of(run.model, run.placement)
+    totals: dict[int, int] = {}
+    for owners, shard in (
+        (placement.ranks, elements.shard_shared),
+        (placement.ranks // placement.expert_parallel_size, elements.shard_experts),
+    ):
+        totals[owners] = totals.get(owners, 0) + shard * owners
+    return totals
 
 
 def _exchanges(run: PlannedRun, loops: int) -> list[Transfer]:

@@ -66,7 +66,7 @@ class MemoryPeaks(NamedTuple):
 
 
 def memory_of_a_step(values: dict[str, Any], loops: int, zero_settings: dict[str, Any]) -> MemoryPeaks:
-    """The peaks of the third optimizer step, of one micro-batch, at depth ``loops``; the first two settle the engine."""
+    """The peaks of the third optimizer step, of one micro-batch, at depth ``loops``; two steps settle the engine."""
     gc.collect()
     before = allocated_bytes()
     with changed_deepspeed_config("zero_optimization", **zero_settings):
