@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model.expert_load import ExpertLoad
+from model.grouped_product import GroupedProduct
 from model.moe import MoELayer
 
 MOE_LAYER_PATTERN = r"core\.(scales\.\d+\.)?blocks\.\d+\.ffn"  # full names of the modules the engine replaces
@@ -87,6 +88,13 @@ def shared_output(layer: nn.Module, x_BSD: Tensor) -> Tensor | None:
     """What the shared experts of an MoE layer add, (B, S, D); None when it has none."""
     shared_experts = getattr(layer, SHARED_EXPERTS, None)
     return None if shared_experts is None else shared_experts(x_BSD)
+
+
+def set_expert_product(model: nn.Module, product: GroupedProduct) -> None:
+    """Let ``product`` multiply in every routed layer, plain or replaced (with ``pretrain.expert_compute``'s class)."""
+    for layer in routed_layers(model):
+        experts: Any = getattr(layer.module, EXPERTS)
+        experts.product = product
 
 
 def adopt_replaced_layers(model: nn.Module, expert_load: ExpertLoad) -> None:
