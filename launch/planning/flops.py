@@ -1,9 +1,10 @@
 r"""Floating-point operations to train on one token, by part: forward, backward, recomputation.
 
     a matrix of I x O      2 I O forward, 4 I O backward (its input's gradient, and its own)
-    attention              2 H (d_qk + d_v) a key forward, 5/2 of that backward: flash kernels compute scores again
+    attention              2 H (d_qk + d_v) a key forward, 2 H (3 d_qk + 2 d_v) backward: a flash kernel computes
+                           its scores again
     recomputation          one more forward of what is checkpointed, without its last matrix (nothing reads its output)
-    sqrt                   two more forwards of the loops
+    sqrt                   nearly two more forwards of the loops
 
 A causal query sees (S + 1) / 2 keys on average, one with a window W of S about W - W^2 / (2 S). Loops without a
 gradient cost a forward. Norms, gates, sorting and softmax are left out, as in ``torch.utils.flop_counter``, which
@@ -19,7 +20,6 @@ from launch.planning.run import PlannedRun
 from launch.planning.weights import Weight, WeightGroup, model_weights
 from model.config import IceConfig
 
-_FLASH_BACKWARD = 2.5
 _WITHOUT_PRODUCT = ("scale_curve", "loops.weight")  # of a loop, not of a token
 
 
@@ -56,10 +56,9 @@ def training_flops(run: PlannedRun, loops: int, *, whole_squares: bool = False) 
             flops[part] += _with_recomputation(own, 1 if run.remat_once else 0) * passes
             if part == "coda" and run.probes:
                 flops[part] += Flops(forward=own.forward * run.probes)
-    recomputations = {"none": 0, "sqrt": 2}.get(run.remat, 1)
     for core, (n_loops, kept) in zip(weights.cores, run.loops_of_scales(loops), strict=True):
         for loop in range(n_loops):
-            recomputed = recomputations if loop >= n_loops - kept else None
+            recomputed = run.recomputed_loops(kept) / kept if loop >= n_loops - kept else None
             for part, own in _core_loop(run, core, loop, whole_squares).items():
                 flops[part] += Flops(own.forward) if recomputed is None else _with_recomputation(own, recomputed)
     if len(weights.cores) > 1:
@@ -79,10 +78,8 @@ def total_flops(parts: dict[str, Flops]) -> Flops:
 
 
 def model_flops(parts: dict[str, Flops]) -> float:
-    """What utilisation is measured in: forward, and a backward of twice that; nothing that is computed again."""
-    attention = parts["core attention"]
-    again = attention.backward * (1 - 2 / _FLASH_BACKWARD)
-    return sum(own.forward + own.backward for own in parts.values()) - again
+    """What utilisation is measured in: forward and backward. Recomputation earns nothing."""
+    return sum(own.forward + own.backward for own in parts.values())
 
 
 def _core_loop(run: PlannedRun, core: WeightGroup, loop: int, whole_squares: bool) -> dict[str, Flops]:
@@ -124,7 +121,8 @@ def _matrices(groups: tuple[WeightGroup, ...], share: float, skip_last: bool = F
 def _attention(config: IceConfig, keys: float) -> Flops:
     value_dim = config.v_head_dim if config.attn_type == "mla" else config.head_dim
     forward = 2 * config.n_heads * (config.qk_head_dim + value_dim) * keys
-    return Flops(forward, _FLASH_BACKWARD * forward, forward)
+    backward = 2 * config.n_heads * (3 * config.qk_head_dim + 2 * value_dim) * keys
+    return Flops(forward, backward, forward)
 
 
 def _keys(context: int, window: int | None, whole_squares: bool) -> float:
@@ -136,5 +134,5 @@ def _keys(context: int, window: int | None, whole_squares: bool) -> float:
     return window - window * (window - 1) / (2 * context)
 
 
-def _with_recomputation(own: Flops, times: int) -> Flops:
+def _with_recomputation(own: Flops, times: float) -> Flops:
     return Flops(own.forward, own.backward, own.recompute * times)

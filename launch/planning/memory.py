@@ -165,18 +165,12 @@ def _loop_states(run: PlannedRun) -> float:
         if run.remat == "none":
             total += kept * core_loop(model, b).saved
             continue
-        if run.remat == "sqrt":
-            segment = 1
-            while segment * segment < kept:
-                segment += 1
-            total += (-(-kept // segment) + segment) * state
-            continue
         choices = model.recurrent_layers * model.n_experts_per_tok if model.n_experts else 0
         if run.remat in ("routes", "dispatch"):
             state += 4 * 8 * choices
         if run.remat == "dispatch" and run.expert_parallel_size > 1:
             state += 2 * choices * b * model.dim
-        total += kept * state
+        total += run.kept_states(kept) * state
     return total * run.micro_tokens
 
 

@@ -101,10 +101,9 @@ def _moved_bytes(run: PlannedRun) -> float:
     """Bytes a token's activations move through HBM: written once and read once forward, and twice that backward."""
     model, b = run.model, run.dtype_bytes
     loop, dense = core_loop(model, b), dense_block(model, b)
-    recomputed = {"none": 0, "sqrt": 2}.get(run.remat, 1)
     moved = 0.0
     for loops, kept in run.loops_of_scales(run.mean_loops):
-        moved += 2 * (loop.saved + loop.forward_passing) * (loops + kept * (2 + recomputed))
+        moved += 2 * (loop.saved + loop.forward_passing) * (loops + 2 * kept + run.recomputed_loops(kept))
     blocks = model.prelude_layers + model.coda_layers * (1 + run.extra_reads)
     moved += 2 * (dense.saved + dense.forward_passing) * blocks * (4 if run.remat_once else 3)
     return moved + 4 * 4 * model.vocab_size * (1 + run.extra_reads)

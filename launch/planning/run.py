@@ -6,6 +6,7 @@ The one place where the plan reads a :class:`~pretrain.config.TrainingConfig`; e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +68,26 @@ class PlannedRun:
         """Micro-batches of a rank in an optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.ranks)
 
+    def recomputed_loops(self, kept: int) -> int:
+        """Loops that a backward through ``kept`` loops runs again.
+
+        ``sqrt`` runs each again, and before that each segment but the last up to its last loop's start.
+        """
+        if self.remat == "none":
+            return 0
+        return kept + (self._outer_segments(kept) * (self._segment(kept) - 1) if self.remat == "sqrt" else 0)
+
+    def kept_states(self, kept: int) -> int:
+        """Loop states alive at once: all, or with ``sqrt`` one a segment and those of the segment at hand."""
+        return self._outer_segments(kept) + self._segment(kept) if self.remat == "sqrt" else kept
+
+    @staticmethod
+    def _segment(kept: int) -> int:
+        return math.isqrt(max(kept, 1) - 1) + 1
+
+    def _outer_segments(self, kept: int) -> int:
+        return -(-kept // self._segment(kept)) - 1
+
     def loops_of_scales(self, loops: int) -> list[tuple[int, int]]:
         """(loops, loops with a gradient) of each MSRD scale's core when the model runs ``loops``."""
         depths = []
@@ -96,7 +117,8 @@ def planned_run(config: TrainingConfig, ranks: int, dtype_bytes: int) -> Planned
         expert_parallel_size=parallel.expert_parallel_size,
         micro_batch_size=parallel.micro_batch_size,
         remat=loop.remat,
-        remat_once=loop.remat != "none",
+        remat_once=(loop.remat_once or loop.remat) != "none",
+        remat_offload=loop.remat_offload,
         zero_init=parallel.zero_init,
         offload_optimizer=parallel.offload_optimizer != "none",
         offload_parameters=parallel.offload_parameters != "none",

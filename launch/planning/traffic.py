@@ -7,7 +7,7 @@ r"""Bytes a rank moves in an optimizer step, by what they are for, and over whic
     expert counts       E integers for each exchange that is planned
 
 The depth enters the last two only. Recomputation repeats everything under the policies ``loop`` (once) and ``sqrt``
-(twice), the payload under ``routes``, nothing under ``dispatch``.
+(nearly twice), the payload under ``routes``, nothing under ``dispatch``.
 
 ``buffer_bytes`` and ``sent_bytes`` are those of ``pretrain/communication.py``, which counts the same on real ranks
 (``tests/benchmarks/traffic.py``). An all-to-all is taken to be balanced: 1 / EP of the rows stay.
@@ -122,12 +122,11 @@ def _exchanges(run: PlannedRun, loops: int) -> list[Transfer]:
     size, model = run.expert_parallel_size, run.model
     if size == 1 or model.n_experts == 0:
         return []
-    recomputed = {"none": 0, "dispatch": 0, "sqrt": 2}.get(run.remat, 1)
-    planned_again = {"loop": 1, "sqrt": 2}.get(run.remat, 0)
     payloads = plans = 0
     for n_loops, kept in run.loops_of_scales(loops):
-        payloads += 2 * n_loops + (2 + 2 * recomputed) * kept
-        plans += n_loops + planned_again * kept
+        again = run.recomputed_loops(kept)
+        payloads += 2 * (n_loops + kept + (0 if run.remat == "dispatch" else again))
+        plans += n_loops + (again if run.remat in ("loop", "sqrt") else 0)
     each = run.grad_accum_steps * model.recurrent_layers
     rows = run.micro_tokens * model.n_experts_per_tok
     payload = float(each * payloads * rows * model.dim * run.dtype_bytes)
