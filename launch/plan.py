@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from launch.files import write_json_atomically
-from launch.planning.gpus import GPUS
+from launch.planning.gpus import DEFAULT_GPU, GPUS
 from launch.planning.report import Plan, make_plan
 from launch.planning.run import planned_run
 from launch.planning.table import overview_table, print_plan
@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="override one setting"
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="default what slurm/NAME.sh asks for, else one node")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="default h100")
+    parser.add_argument("--gpu", choices=GPUS, default=DEFAULT_GPU, help=f"default {DEFAULT_GPU}")
     parser.add_argument("--price", type=float, metavar="PER_GPU_HOUR", help="to print a cost, in your currency")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan here")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG of memory by kind here")

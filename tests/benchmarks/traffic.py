@@ -4,7 +4,7 @@
 
 Two ranks on this machine. "sent" is what rank 0 sends in an optimizer step of one micro-batch by the textbook formulas
 of ``pretrain/communication.py``, averaged over the ranks for the expert rows; "plan" is what ``launch/planning`` says
-of the same step. "nothing kept" sets ZeRO-3 as a model too large to keep any gathered weight would run; "default" leaves
+of the same step. "nothing kept" runs ZeRO-3 as a model too large to keep any gathered weight would; "default" leaves
 DeepSpeed's settings, under which a model this small keeps all of them.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "multirank")]  # run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "multirank"))  # run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rank_jobs
 from rank_pool import RankPool
