@@ -24,6 +24,7 @@ from launch.planning.table import print_plan
 from launch.settings import EXIT_FINISHED, BadInputError
 from model.parameters import cache_bytes
 from model.precision import PrecisionChoice, choose_precision
+from model.remat import once_policy
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import deepspeed_config
 
@@ -57,6 +58,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         "tokens in all": f"{total_tokens:,}",
         "loops": f"{config.loop.distribution}, mean {config.mean_loops}, gradients through "
         f"{config.loop.grad_loops or 'all'}",
+        "kept for the backward": _remat(config),
         "data set": f"{config.data.path}{' (not here)' if config.data.path in missing else ''}",
     }
     precision = choose_precision(config.precision.dtype, _device_type())
@@ -89,6 +91,12 @@ def _ranks_to_plan_for(config: TrainingConfig, source: Path, asked: int | None, 
         check_topology(config, smallest, str(source))
         return smallest, True
     return started, False
+
+
+def _remat(config: TrainingConfig) -> str:
+    loop = config.loop
+    where = ", states in host memory" if loop.remat_offload else ""
+    return f"loops: {loop.remat}{where}; prelude and coda: {once_policy(loop.remat, loop.remat_once)}"
 
 
 def _device_type() -> str:
