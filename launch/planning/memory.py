@@ -61,6 +61,7 @@ class MemoryPlan:
     host_bytes: float
     moments: dict[str, float]  # the total of each
     start_bytes: float  # while the engine is built, before the first step
+    worst_dispatch_bytes: float  # more than planned, if every rank's tokens chose this rank's experts
 
     @property
     def total(self) -> float:
@@ -84,7 +85,7 @@ def plan_memory(run: PlannedRun, *, on_gpu: bool = True) -> MemoryPlan:
         if kind in static or kind in passing[fullest]
     }
     states_on_host = _loop_states(run) if run.remat_offload else 0.0
-    return MemoryPlan(fullest, by_kind, host + states_on_host, totals, _start(run))
+    return MemoryPlan(fullest, by_kind, host + states_on_host, totals, _start(run), _worst_dispatch(run))
 
 
 @dataclass(frozen=True)
@@ -292,3 +293,13 @@ def _start(run: PlannedRun) -> float:
         whole = 3 * run.model.n_experts * run.model.expert_dim * run.model.dim
         return float(run.dtype_bytes * (whole + elements.shard + elements.largest_core))
     return float(run.dtype_bytes * elements.local)
+
+
+def _worst_dispatch(run: PlannedRun) -> float:
+    """Rows beyond an even share, in one layer: dropless routing promises to take them all."""
+    model, size = run.model, run.expert_parallel_size
+    if model.n_experts == 0:
+        return 0.0
+    a_token = min(model.n_experts_per_tok, model.n_experts // size)
+    rows = run.micro_tokens * (size * a_token - model.n_experts_per_tok)
+    return float(rows * run.dtype_bytes * (4 * model.dim + 6 * model.expert_dim))

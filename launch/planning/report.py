@@ -65,6 +65,7 @@ class Plan:
                 "moments": self.memory.moments,
                 "host": self.memory.host_bytes,
                 "start": self.memory.start_bytes,
+                "worst_dispatch": self.memory.worst_dispatch_bytes,
             },
             "flops_per_token": {part: asdict(own) for part, own in training_flops(run, run.mean_loops).items()},
             "transfers": [

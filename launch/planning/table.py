@@ -44,6 +44,7 @@ def memory_table(plan: Plan) -> Table:
     table.add_section()
     table.add_row("total", gibibytes(memory.total))
     table.add_row("usable", gibibytes(usable_bytes(plan.gpu)))
+    table.add_row("more, should all rows go to one rank", gibibytes(memory.worst_dispatch_bytes))
     if memory.host_bytes:
         table.add_row("in host memory", gibibytes(memory.host_bytes))
     return table
