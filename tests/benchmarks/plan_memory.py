@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"sequence_length": 128},
     },
     "optimizer in host memory": {"parallel": {"offload_optimizer": "cpu"}},
+    "optimizer and parameters in host memory": {"parallel": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}},
 }
 WARM_UP = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "expert_dim": 32, "ffn_dim": 64, "vocab_size": 256}
 
