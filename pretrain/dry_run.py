@@ -1,7 +1,8 @@
 """``--dry-run``: everything a run would be, without allocating a weight.
 
-Validates the configuration, builds the model on the meta device, and prints parameters, tokens and the DeepSpeed
-configuration. The data set is looked at when it is there; a cluster's data need not lie on the machine that plans.
+Validates the configuration and prints tokens, data, the plan of ``launch/plan.py`` (parameters, memory, FLOPs, traffic
+and time, on its default GPU) and the DeepSpeed configuration. The data set is looked at when it is there; a cluster's
+data need not lie on the machine that plans.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from rich.table import Table
 from data_pipeline.dataset.manifest import MANIFEST_NAME
 from data_pipeline.dataset.reader import open_dataset
 from launch.environment import discover_place
+from launch.planning.gpus import DEFAULT_GPU, GPUS
+from launch.planning.report import Plan, make_plan
+from launch.planning.run import planned_run
+from launch.planning.table import print_plan
 from launch.settings import EXIT_FINISHED, BadInputError
-from model.parameters import PARTS, cache_bytes, count_parameters
-from model.precision import choose_precision
+from model.parameters import cache_bytes
+from model.precision import PrecisionChoice, choose_precision
 from model.remat import once_policy
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import deepspeed_config
@@ -35,7 +40,6 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         return EXIT_FINISHED
     console = Console(soft_wrap=True)
     console.print(f"{source}: valid", highlight=False)
-    console.print(_parameter_table(config))
     why = " (the smallest for this expert-parallel size; choose with --ranks)" if assumed else ""
     tokens_per_step = config.data.global_batch_size * config.data.sequence_length
     missing = sorted(path for path in _data_paths(config) if not (Path(path) / MANIFEST_NAME).is_file())
@@ -65,6 +69,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     if len(config.data.all_stages) > 1:
         console.print(_stage_table(config, sampler))
     console.print(_cache_table(config))
+    print_plan(_plan(config, world_size, precision), console)
     console.print("DeepSpeed configuration", highlight=False)
     console.print_json(json.dumps(deepspeed_config(config, world_size, precision)))
     return EXIT_FINISHED
@@ -183,17 +188,8 @@ def _readable_bytes(number: int) -> str:
     return f"{number} B"
 
 
-def _parameter_table(config: TrainingConfig) -> Table:
-    count = count_parameters(config.model, config.mean_loops)
-    table = Table(title=f"parameters of {config.run.name}")
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    for part in PARTS:
-        if parameters := getattr(count, part):
-            table.add_row(part.replace("_", " "), f"{parameters:,}")
-    table.add_section()
-    table.add_row("total", f"{count.total:,}")
-    table.add_row("active a token", f"{count.active:,}")
-    table.add_row("active a token in one loop of the core", f"{count.active_per_loop:,}")
-    table.add_row(f"executed a token, {config.mean_loops} loops", f"{count.executed:,}")
-    return table
+def _plan(config: TrainingConfig, world_size: int, precision: PrecisionChoice) -> Plan:
+    """What ``launch/plan.py`` says of the same run on its default GPU; "auto" will be bf16 there."""
+    dtype = "bf16" if config.precision.dtype == "auto" else precision.name
+    run = planned_run(config, world_size, dtype_bytes=4 if dtype == "fp32" else 2)
+    return make_plan(run, GPUS[DEFAULT_GPU], search=False)

@@ -18,9 +18,10 @@ from launch.environment import discover_place
 from launch.settings import parse_settings
 from model.expert_parallel import is_local_expert, to_plain_names
 from pretrain.checkpoint.snapshot import HostBuffers
+from pretrain.communication import CollectiveCounter, CollectiveKind, Traffic
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import TrainingEngine
-from pretrain.losses import mean_loss, training_objective
+from pretrain.losses import training_objective
 
 
 def start_engine(values: dict[str, Any], routing: str = "ordinary") -> TrainingEngine:
@@ -72,7 +73,9 @@ def train(values: dict[str, Any], steps: list[Step], routing: str = "ordinary", 
     return trace if engine.place.is_first else None
 
 
-def train_on(engine: TrainingEngine, steps: list[Step], first_step: int = 0, gradients: bool = False) -> Trace:
+def train_on(
+    engine: TrainingEngine, steps: list[Step], first_step: int = 0, gradients: bool = False, weights: bool = True
+) -> Trace:
     """Run ``steps``, numbered from ``first_step``."""
     trace = Trace(weight_steps=len(steps))
     for number, step in enumerate(steps, start=first_step):
@@ -97,24 +100,9 @@ def train_on(engine: TrainingEngine, steps: list[Step], first_step: int = 0, gra
         trace.loads.append(load)
         if trace.logits is None and engine.config.parallel.loss_chunk_tokens is None:
             trace.logits = torch.cat([part for parts in engine.gather_objects(logits) for part in parts])
-    trace.weights = dict(engine.plain_weights())
+    if weights:
+        trace.weights = dict(engine.plain_weights())
     return trace
-
-
-@contextlib.contextmanager
-def counted_gathers() -> Iterator[list[int]]:
-    """The number of elements of every all-gather into one tensor, which is how ZeRO-3 fetches parameters."""
-    from deepspeed.comm.torch import TorchBackend
-
-    sizes: list[int] = []
-    original = TorchBackend.all_gather_into_tensor
-
-    def counting(self: Any, output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(output_tensor.numel())
-        return original(self, output_tensor, *args, **kwargs)
-
-    with mock.patch.object(TorchBackend, "all_gather_into_tensor", counting):
-        yield sizes
 
 
 @contextlib.contextmanager
@@ -133,32 +121,40 @@ def changed_deepspeed_config(section: str, **keys: Any) -> Iterator[None]:
         yield
 
 
-def gathers_by_depth(values: dict[str, Any], depths: list[int], leaf: bool) -> dict[int, tuple[int, int]]:
-    """All-gathers of parameters, and their elements, in one forward and backward at each depth.
+NOTHING_KEPT = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
 
-    Each depth has its own engine and is measured in the second step, after ZeRO-3 recorded its trace. Parameters of
-    this size would stay gathered for ever by default; nothing is kept here, as in a model too large to keep.
+
+def traffic_by_depth(
+    values: dict[str, Any], depths: list[int], leaf: bool = True, kept: bool = False
+) -> dict[int, dict[CollectiveKind, Traffic]]:
+    """What one optimizer step puts on the wire at each depth, by kind of collective.
+
+    Each depth has its own engine and is measured in the third step, after ZeRO-3 has recorded its trace and prefetched
+    by it once. Parameters of this size would stay gathered for ever by default (``kept``); otherwise nothing is kept,
+    as in a model too large to keep. ``leaf=False`` is stock ZeRO-3, which gathers a looped block in every loop.
     """
     import deepspeed
 
     counts = {}
-    nothing_kept = {
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_prefetch_bucket_size": 0,
-    }
     for depth in depths:
         with contextlib.ExitStack() as changes:
-            changes.enter_context(changed_deepspeed_config("zero_optimization", **nothing_kept))
+            if not kept:
+                changes.enter_context(changed_deepspeed_config("zero_optimization", **NOTHING_KEPT))
             if not leaf:
                 changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules"))
             engine = start_engine(values)
-        train_on(engine, [Step(depth)])
-        with counted_gathers() as sizes:
-            inputs, targets = next(micro_batches(engine, 1))
-            engine.backward(mean_loss(engine.forward(inputs, depth, targets=targets).losses_BS, targets))
-        counts[depth] = (len(sizes), sum(sizes))
+        train_on(engine, [Step(depth)] * 2, weights=False)
+        with CollectiveCounter() as counter:
+            for inputs, targets in micro_batches(engine, 2):
+                output = engine.forward(inputs, depth, targets=targets)
+                engine.backward(training_objective(output, targets, engine.config).total)
+            engine.step(engine.config.optim.lr)
+        counts[depth] = dict(counter.total)
         end_engine(engine)
     return counts
 

@@ -139,17 +139,6 @@ def test_recomputation_changes_no_bit_and_counts_the_load_once(two_ranks: RankPo
         assert load.sum(-1).tolist() == [[BATCH * LENGTH * 2] * 2] * step.loops
 
 
-def test_a_looped_leaf_is_gathered_once_whatever_the_depth(two_ranks: RankPool) -> None:
-    """Fact 3. Without the leaf every loop gathers the block again."""
-    for policy in ("none", "loop"):
-        values = settings(loop={"remat": policy})
-        leaf = two_ranks.run(rank_jobs.gathers_by_depth, values=values, depths=[1, 6], leaf=True)[0]
-        assert leaf[1] == leaf[6]
-        plain = two_ranks.run(rank_jobs.gathers_by_depth, values=values, depths=[1, 6], leaf=False)[0]
-        assert plain[6][0] > 2 * plain[1][0], plain
-        assert plain[6][1] > 2 * leaf[6][1], (plain, leaf)
-
-
 def test_reentrant_checkpointing_of_a_looped_block_is_wrong_and_ours_is_right(two_ranks: RankPool) -> None:
     """Fact 4: why ``model/remat.py`` must stay non-reentrant."""
     values = settings(loop={"remat": "loop"})

@@ -77,10 +77,11 @@ def test_every_idea_trains_on_ranks_as_in_one_process(two_ranks: RankPool, idea:
 
 def test_each_scale_is_a_leaf_gathered_once_whatever_the_depth(two_ranks: RankPool) -> None:
     values = settings(model=IDEAS["msrd"]["model"], parallel={"expert_parallel_size": 2})
-    by_depth = two_ranks.run(rank_jobs.gathers_by_depth, values=values, depths=[1, 8], leaf=True)[0]
-    assert by_depth[1] == by_depth[8]
-    without = two_ranks.run(rank_jobs.gathers_by_depth, values=values, depths=[1, 8], leaf=False)[0]
-    assert without[8][1] > 1.5 * by_depth[8][1], (without, by_depth)
+    by_depth = two_ranks.run(rank_jobs.traffic_by_depth, values=values, depths=[1, 8])[0]
+    assert by_depth[1]["parameter_gather"] == by_depth[8]["parameter_gather"]
+    without = two_ranks.run(rank_jobs.traffic_by_depth, values=values, depths=[8], leaf=False)[0]
+    more = without[8]["parameter_gather"].sent_bytes
+    assert more > 1.5 * by_depth[8]["parameter_gather"].sent_bytes, (without, by_depth)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ice_tiny"])
