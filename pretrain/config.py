@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
+from model.fp8 import Fp8Part, RecipeName
 from model.variants import VARIANTS
 
 
@@ -266,13 +267,18 @@ class LoopSection(Section):
 
 
 class PrecisionSection(Section):
-    """The dtype of weights and activations in forward and backward; the optimizer's master weights are fp32."""
+    """The dtype of weights and activations in forward and backward; the optimizer's master weights are fp32.
+
+    A recipe of FP8 (``model/fp8``) multiplies in eight bits and stores nothing differently: it may change on a resume.
+    """
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto is bf16 where the hardware is fast in it, fp32 elsewhere"
     )
     initial_loss_scale_power: int = Field(16, ge=0, le=32, description="fp16: first loss scale is 2 to this power")
     loss_scale_window: int = Field(1000, ge=1, description="fp16: steps without overflow before the scale doubles")
+    recipe: RecipeName = Field("bf16", description="what matrix products are made in; bf16 is dtype, no FP8")
+    fp8_exclude: tuple[Fp8Part, ...] = Field((), description="parts whose products stay in dtype under an FP8 recipe")
 
 
 class ParallelSection(Section):

@@ -20,7 +20,7 @@ from launch.settings import EXIT_FINISHED, BadInputError
 from model.parameters import PARTS, cache_bytes, count_parameters
 from model.precision import choose_precision
 from pretrain.config import TrainingConfig, check_topology
-from pretrain.engine import deepspeed_config
+from pretrain.engine import deepspeed_config, fp8_choice
 
 if TYPE_CHECKING:
     from pretrain.data import Sampler
@@ -57,6 +57,9 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     }
     precision = choose_precision(config.precision.dtype, _device_type())
     facts["precision here"] = f"{precision.name} ({precision.reason})"
+    fp8 = fp8_choice(config, _device_type(), precision)
+    if fp8 is not None:
+        facts["FP8 here"] = fp8.reason
     for name, value in facts.items():
         console.print(f"{name:28} {value}", highlight=False)
     console.print(_source_table(config, sampler, total_samples))
