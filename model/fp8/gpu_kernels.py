@@ -125,22 +125,25 @@ class RowwiseKernels:
 
 
 class BlockwiseKernels:
-    """:data:`~model.fp8.products.BLOCKWISE` by cuBLASLt, accumulated in fp32 across blocks."""
+    """:data:`~model.fp8.products.BLOCKWISE` by cuBLASLt, accumulated in fp32 across blocks.
+
+    Rows are padded to 16 and both dimensions of weights to 128, where they are not multiples: what the kernel does with
+    parts of blocks is not documented alike everywhere. The sizes of large models are multiples.
+    """
 
     row_alignment = 128
 
     def product(self, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
         """See :class:`~model.fp8.products.Kernels`."""
-        weight = quantise(weight_OI, BLOCKWISE.weight)
+        weight = quantise(_padded(weight_OI, 128, 128), BLOCKWISE.weight)
         transposed = Quantised(weight.values.t(), weight.scales.t())
-        return self._multiply(x_RI, BLOCKWISE.input, transposed)
+        return _blockwise_product(x_RI, BLOCKWISE.input, transposed)[:, : weight_OI.shape[0]]
 
     def input_gradient(self, gradient_RO: Tensor, weight_OI: Tensor) -> Tensor:
         """See :class:`~model.fp8.products.Kernels`."""
-        weight = quantise(weight_OI, BLOCKWISE.weight_in_gradient)
-        return self._multiply(
-            gradient_RO, BLOCKWISE.gradient, weight._replace(values=_second_operand_contiguous(weight.values))
-        )
+        weight = quantise(_padded(weight_OI, 128, 128), BLOCKWISE.weight_in_gradient)
+        weight = weight._replace(values=_second_operand_contiguous(weight.values))
+        return _blockwise_product(gradient_RO, BLOCKWISE.gradient, weight)[:, : weight_OI.shape[1]]
 
     def grouped_product(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
         """See :class:`~model.fp8.products.Kernels`."""
@@ -150,19 +153,25 @@ class BlockwiseKernels:
         """See :class:`~model.fp8.products.Kernels`."""
         return _one_call_an_expert(self.input_gradient, gradient_RO, weight_EOI, offsets_E, weight_EOI.shape[2])
 
-    def _multiply(self, rows_RK: Tensor, tile: Tile, weight_KN: Quantised) -> Tensor:
-        n_rows = rows_RK.shape[0]
-        left = quantise(F.pad(rows_RK, (0, 0, 0, -n_rows % 16)), tile)
-        product_RN = F.scaled_mm(
-            left.values,
-            weight_KN.values,
-            row_block_scales(left.scales),
-            F.ScalingType.BlockWise1x128,
-            square_block_scales(weight_KN.scales),
-            F.ScalingType.BlockWise128x128,
-            output_dtype=rows_RK.dtype,
-        )
-        return product_RN[:n_rows]
+
+def _blockwise_product(rows_RK: Tensor, tile: Tile, weight_KN: Quantised) -> Tensor:
+    left = quantise(_padded(rows_RK, 16, 128), tile)
+    product_RN = F.scaled_mm(
+        left.values,
+        weight_KN.values,
+        row_block_scales(left.scales),
+        F.ScalingType.BlockWise1x128,
+        square_block_scales(weight_KN.scales),
+        F.ScalingType.BlockWise128x128,
+        output_dtype=rows_RK.dtype,
+    )
+    return product_RN[: rows_RK.shape[0]]
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros below and to the right of a matrix, up to multiples."""
+    below, right = -x.shape[0] % rows, -x.shape[1] % columns
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 def row_block_scales(scales_RB: Tensor) -> Tensor:

@@ -149,6 +149,8 @@ class _Grouped(torch.autograd.Function):
         rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
         gradient_RO = gradients[0].contiguous()
         needs_rows, needs_weight, _, _ = ctx.needs_input_grad
+        if not len(rows_RI):  # an empty gradient's strides are whatever they are, which the grouped product refuses
+            return torch.zeros_like(rows_RI), torch.zeros_like(weight_EOI) if needs_weight else None, None, None
         rows = ctx.kernels.grouped_input_gradient(gradient_RO, weight_EOI, offsets_E) if needs_rows else None
         weight = torch._grouped_mm(gradient_RO.t(), rows_RI, offs=offsets_E) if needs_weight else None
         return rows, weight, None, None

@@ -29,6 +29,7 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # 0.875 * 2^9
 _SMALLEST_NORMAL = 2.0**-6
+_SMALLEST_SCALE_EXPONENT = -110
 _EXPONENT_BITS = 0x7F800000
 _ROUNDER = 1.5 * 2.0**20  # adding it to a number in [1, 2) leaves three bits behind the point
 
@@ -54,12 +55,13 @@ class Quantised(NamedTuple):
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """The smallest power of two, from 2^-126 on, by which ``largest`` (not negative) fits into e4m3; fp32.
+    """The smallest power of two, from 2^-110 on, by which ``largest`` (not negative) fits into e4m3; fp32.
 
-    1 where ``largest`` is 0; NaN where it is NaN or infinite.
+    1 where ``largest`` is 0; NaN where it is NaN or infinite. Below 2^-110 fp32 itself would run out of mantissa bits
+    in a tile's small elements: what lies 2^-9 below that becomes 0.
     """
     mantissa, exponent = torch.frexp(largest.float())  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
-    exponent = (exponent - 9 + (mantissa > 0.875)).clamp_(min=-126)
+    exponent = (exponent - 9 + (mantissa > 0.875)).clamp_(min=_SMALLEST_SCALE_EXPONENT)
     scale = ((exponent + 127) << 23).view(torch.float32)
     return torch.where(largest.isfinite(), scale, torch.nan).masked_fill_(largest == 0, 1.0)
 
