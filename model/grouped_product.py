@@ -16,10 +16,14 @@ Shapes: R rows sorted by expert, E experts, I inputs, O outputs.
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.gradient_sum import GradientSum, gradient_sum_of
 
 
 class GroupedProduct(Protocol):
@@ -45,7 +49,59 @@ class GroupedMM:
 
     def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
         """See :class:`GroupedProduct`."""
+        gradient_sum = gradient_sum_of(weight_EOI)
+        token = None if gradient_sum is None else gradient_sum.token
+        product: Tensor = _GroupedMM.apply(rows_RI, weight_EOI, offsets_E, gradient_sum, token)
+        return product
+
+
+class _GroupedMM(torch.autograd.Function):
+    """Saves the weight itself rather than a view of it: ZeRO-3 frees and gathers what a parameter holds, not a view."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RI: Tensor,
+        weight_EOI: Tensor,
+        offsets_E: Tensor,
+        gradient_sum: GradientSum | None,
+        token: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(rows_RI, weight_EOI, offsets_E)
+        ctx.gradient_sum = gradient_sum
         return torch._grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
+        grad_RO = grads[0].contiguous()
+        grad_rows = torch._grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            add = partial(_add_weight_gradient, grad_RO, rows_RI, offsets_E)
+            if ctx.gradient_sum is not None:
+                ctx.gradient_sum.add(add, like=grad_RO)
+            else:
+                grad_weight = grad_RO.new_empty(weight_EOI.shape)
+                add(grad_weight, True)
+        return grad_rows, grad_weight, None, None, None
+
+
+def _add_weight_gradient(grad_RO: Tensor, rows_RI: Tensor, offsets_E: Tensor, sum_EOI: Tensor, fresh: bool) -> None:
+    """``sum[i] += grad[rows of i]^T rows[rows of i]``; a ``fresh`` sum is overwritten."""
+    if not rows_RI.is_cpu:
+        # One kernel and one addition: reading the offsets would make the host wait.
+        gradient_EOI = torch._grouped_mm(grad_RO.t(), rows_RI, offs=offsets_E)
+        sum_EOI.copy_(gradient_EOI) if fresh else sum_EOI.add_(gradient_EOI)
+        return
+    start = 0
+    for sum_OI, end in zip(sum_EOI.unbind(0), offsets_E.tolist(), strict=True):
+        if end > start:
+            torch.addmm(sum_OI, grad_RO[start:end].t(), rows_RI[start:end], beta=0 if fresh else 1, out=sum_OI)
+        elif fresh:
+            sum_OI.zero_()
+        start = end
 
 
 class ExpertLoop:
@@ -56,12 +112,16 @@ class ExpertLoop:
     def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
         """See :class:`GroupedProduct`; rows past the last offset come out as zeros."""
         ends = offsets_E.tolist()
-        starts = [0, *ends[:-1]]
-        outputs = [
-            rows_RI[start:end] @ weight_EOI[i].T for i, (start, end) in enumerate(zip(starts, ends, strict=True))
-        ]
-        outputs.append(rows_RI.new_zeros(rows_RI.shape[0] - ends[-1], weight_EOI.shape[1]))
-        return torch.cat(outputs)
+        sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        # split and unbind have one gradient; indexing would make a whole tensor of zeros for each expert.
+        *groups, padding = rows_RI.split([*sizes, rows_RI.shape[0] - ends[-1]])
+        outputs = [rows @ weight_OI.T for rows, weight_OI in zip(groups, weight_EOI.unbind(0), strict=True)]
+        return torch.cat((*outputs, padding.new_zeros(padding.shape[0], weight_EOI.shape[1])))
+
+
+def expert_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The stacked weights of every experts module below ``module``: those that a :class:`GroupedProduct` multiplies."""
+    return [weight for m in module.modules() if hasattr(m, "product") for weight in m.parameters(recurse=False)]
 
 
 grouped_mm = GroupedMM()

@@ -27,6 +27,8 @@ from model.blocks import Block, BlockCarry
 from model.config import IceConfig
 from model.depth import DepthPlan
 from model.expert_load import ExpertLoad
+from model.gradient_sum import summed_gradients
+from model.grouped_product import expert_weights
 from model.halting import Halting, closed
 from model.initial_noise import normal_noise
 from model.injection import StableInjection
@@ -88,6 +90,10 @@ class LoopedCore(nn.Module):
 
     def forward(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         """Run ``plan.n_loops`` loops from the encoded input ``e``, the normalised output of the prelude."""
+        with summed_gradients(expert_weights(self.blocks)):
+            return self._loops(e_BSD, context, plan)
+
+    def _loops(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         decay, drive = self.injection()
         decay_D, drive_BSD = decay.to(e_BSD.dtype), drive.to(e_BSD.dtype) * e_BSD
         h_BSD = self._initial_state(e_BSD, plan.noise_keys_B)
