@@ -76,16 +76,25 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
         grad_RO = grads[0].contiguous()
-        grad_rows = torch._grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            add = partial(_add_weight_gradient, grad_RO, rows_RI, offsets_E)
-            if ctx.gradient_sum is not None:
-                ctx.gradient_sum.add(add, like=grad_RO)
-            else:
-                grad_weight = grad_RO.new_empty(weight_EOI.shape)
-                add(grad_weight, True)
+        needs_rows, needs_weight, *_ = ctx.needs_input_grad
+        grad_rows = torch._grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if needs_rows else None
+        grad_weight = (
+            weight_gradient(grad_RO, rows_RI, weight_EOI, offsets_E, ctx.gradient_sum) if needs_weight else None
+        )
         return grad_rows, grad_weight, None, None, None
+
+
+def weight_gradient(
+    grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, gradient_sum: GradientSum | None
+) -> Tensor | None:
+    """The gradient of ``weight``, (E, O, I); None when ``gradient_sum`` has taken it in."""
+    add = partial(_add_weight_gradient, grad_RO, rows_RI, offsets_E)
+    if gradient_sum is not None:
+        gradient_sum.add(add, like=grad_RO)
+        return None
+    gradient_EOI = grad_RO.new_empty(weight_EOI.shape)
+    add(gradient_EOI, True)
+    return gradient_EOI
 
 
 def _add_weight_gradient(grad_RO: Tensor, rows_RI: Tensor, offsets_E: Tensor, sum_EOI: Tensor, fresh: bool) -> None:

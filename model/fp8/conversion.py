@@ -36,11 +36,11 @@ _KINDS: dict[str, Fp8Part] = {
 class Fp8Linear(Linear):
     """A :class:`~model.init.Linear` that multiplies in FP8; made by changing the class of one."""
 
-    product: DenseProduct
+    multiply: DenseProduct
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.product(input, self.weight)
+        return self.multiply(input, self.weight)
 
 
 class Fp8Conversion(NamedTuple):
@@ -62,14 +62,14 @@ class Fp8Conversion(NamedTuple):
 
 def convert(model: nn.Module, config: IceConfig, kernels: Kernels, exclude: Collection[Fp8Part]) -> Fp8Conversion:
     """Let ``model``, plain or in the engine, multiply by ``kernels`` in all parts but those of ``exclude``."""
-    product = DenseProduct(kernels)
+    multiply = DenseProduct(kernels)
     linears, unaligned = [], []
     for name, linear in _candidates(model, exclude):
         if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
             unaligned.append(name)
             continue
         linear.__class__ = Fp8Linear
-        linear.product = product  # type: ignore[assignment]
+        linear.multiply = multiply  # type: ignore[assignment]
         linears.append(name)
     experts = config.n_experts > 0 and not {"experts", "core"} & set(exclude)
     if experts and (config.dim % ALIGNMENT or config.expert_dim % ALIGNMENT):

@@ -32,8 +32,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.fp8.scaling import BLOCK_OF_128, ROW, ROW_OF_128, WHOLE, Tile, rounded
+from model.gradient_sum import GradientSum, gradient_sum_of
+from model.grouped_product import weight_gradient
 
 
 class Recipe(NamedTuple):
@@ -117,7 +120,9 @@ class Fp8GroupedProduct:
 
     def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
         """See :class:`model.grouped_product.GroupedProduct`."""
-        product: Tensor = _Grouped.apply(rows_RI, weight_EOI, offsets_E, self.kernels)
+        gradient_sum = gradient_sum_of(weight_EOI)
+        token = None if gradient_sum is None else gradient_sum.token
+        product: Tensor = _Grouped.apply(rows_RI, weight_EOI, offsets_E, self.kernels, gradient_sum, token)
         return product
 
 
@@ -129,6 +134,7 @@ class _Dense(torch.autograd.Function):
         return kernels.product(x.flatten(0, -2), weight_OI).view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight_OI = ctx.saved_tensors
         gradient_RO = gradients[0].flatten(0, -2)
@@ -139,18 +145,27 @@ class _Dense(torch.autograd.Function):
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, kernels: Kernels) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows_RI: Tensor,
+        weight_EOI: Tensor,
+        offsets_E: Tensor,
+        kernels: Kernels,
+        gradient_sum: GradientSum | None,
+        token: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(rows_RI, weight_EOI, offsets_E)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.gradient_sum = kernels, gradient_sum
         return kernels.grouped_product(rows_RI, weight_EOI, offsets_E)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
         gradient_RO = gradients[0].contiguous()
-        needs_rows, needs_weight, _, _ = ctx.needs_input_grad
-        if not len(rows_RI):  # an empty gradient's strides are whatever they are, which the grouped product refuses
-            return torch.zeros_like(rows_RI), torch.zeros_like(weight_EOI) if needs_weight else None, None, None
+        needs_rows, needs_weight, *_ = ctx.needs_input_grad
         rows = ctx.kernels.grouped_input_gradient(gradient_RO, weight_EOI, offsets_E) if needs_rows else None
-        weight = torch._grouped_mm(gradient_RO.t(), rows_RI, offs=offsets_E) if needs_weight else None
-        return rows, weight, None, None
+        weight = (
+            weight_gradient(gradient_RO, rows_RI, weight_EOI, offsets_E, ctx.gradient_sum) if needs_weight else None
+        )
+        return rows, weight, None, None, None, None
