@@ -11,6 +11,9 @@ seed share them. On a CPU the eight-bit products are emulated: their numerics, n
 
 Finished runs are one JSON object a line in the store, and are not repeated; a run that was interrupted begins again.
 
+Besides the recipes there is a control, ``perturbed``: high precision again, from initial weights that are off by a
+thousandth. Training is chaotic, so that run drifts from its twin as well; FP8 costs what it drifts beyond that.
+
 The report smooths each loss curve by a trailing mean over ``--window`` steps and compares from there to the end:
 FP8 relative to bf16 (here fp32) of the same seed and of the mean over seeds, beside the spread of the seeds themselves
 (largest minus smallest, relative to the mean) at the same steps.
@@ -46,8 +49,10 @@ from pretrain.loop_depth import sample_loops  # noqa: E402
 from pretrain.losses import language_model_loss, token_losses  # noqa: E402
 from pretrain.schedule import lr_scale  # noqa: E402
 
-BASELINE: RecipeName = "bf16"
-RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
+BASELINE = "bf16"
+CONTROL = "perturbed"
+VARIANTS: tuple[str, ...] = (*get_args(RecipeName), CONTROL)
+PERTURBATION = 1e-3
 HELD_OUT_SEQUENCES = 64
 
 
@@ -55,7 +60,7 @@ class Run(NamedTuple):
     """A finished run."""
 
     seed: int
-    recipe: RecipeName
+    recipe: str
     steps: int
     batch_size: int
     losses: list[float]  # of each step
@@ -70,7 +75,7 @@ def read_store(store: Path) -> list[Run]:
     return [Run(**json.loads(line)) for line in store.read_text().splitlines()]
 
 
-def train(seed: int, recipe: RecipeName, steps: int, batch_size: int, data: Path) -> Run:
+def train(seed: int, recipe: str, steps: int, batch_size: int, data: Path) -> Run:
     """One run from the beginning."""
     started = time.perf_counter()
     overrides = [f"data.path={data}", f"data.global_batch_size={batch_size}", f"run.seed={seed}"]
@@ -81,8 +86,11 @@ def train(seed: int, recipe: RecipeName, steps: int, batch_size: int, data: Path
 
     torch.manual_seed(seed)
     model = IceModel(config.model)
-    choice = choose_kernels(recipe, "cpu", torch.float32)
-    if choice is not None:
+    if recipe == CONTROL:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + PERTURBATION * torch.randn_like(parameter))
+    elif (choice := choose_kernels(recipe, "cpu", torch.float32)) is not None:  # type: ignore[arg-type]
         convert(model, config.model, choice.kernels, exclude=())
     optim = config.optim
     adam = torch.optim.AdamW(
@@ -212,10 +220,10 @@ def plot(runs: Sequence[Run], window: int, path: Path) -> None:
     by_key = {(run.seed, run.recipe): run for run in runs}
     seeds = sorted({run.seed for run in runs})
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 8), sharex=True)
-    styles = dict(zip(RECIPES, ("-", "--", ":"), strict=True))
+    styles = dict(zip(VARIANTS, ("-", "--", ":", "-."), strict=True))
     for seed in seeds:
         colour = f"C{seed % 10}"
-        for recipe in RECIPES:
+        for recipe in VARIANTS:
             run = by_key.get((seed, recipe))
             if run is None:
                 continue
@@ -226,10 +234,12 @@ def plot(runs: Sequence[Run], window: int, path: Path) -> None:
             if recipe != BASELINE and base is not None:
                 difference = 100 * (curve / smoothed(base.losses, window) - 1)
                 below.plot(steps, difference, styles[recipe], color=colour, lw=1)
-    for recipe in RECIPES:
+    for recipe in VARIANTS:
         pairs = [(by_key[s, recipe], by_key[s, BASELINE]) for s in seeds if {(s, recipe), (s, BASELINE)} <= set(by_key)]
         if recipe != BASELINE and pairs:
-            eight, base = (np.mean([smoothed(run.losses, window) for run in side], axis=0) for side in zip(*pairs))  # noqa: B905
+            eight, base = (
+                np.mean([smoothed(run.losses, window) for run in side], axis=0) for side in zip(*pairs, strict=True)
+            )
             below.plot(np.arange(window, pairs[0][0].steps + 1), 100 * (eight / base - 1), styles[recipe], color="k")
     below.axhspan(-0.25, 0.25, color="0.9", zorder=0)
     above.set_ylabel(f"loss, mean of the last {window} steps")
@@ -241,13 +251,13 @@ def plot(runs: Sequence[Run], window: int, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def missing(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[tuple[int, RecipeName]]:
-    """Seeds and recipes that have no run yet, seed by seed, so that comparisons come early."""
+def missing(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """Seeds and recipes that have no run yet: seed by seed, so that comparisons come early, and the controls last."""
     finished = {(run.seed, run.recipe) for run in runs}
-    for seed in arguments.seeds:
-        for recipe in arguments.recipes:
-            if (seed, recipe) not in finished:
-                yield seed, recipe
+    wanted = [(seed, recipe) for seed in arguments.seeds for recipe in arguments.recipes]
+    for key in sorted(wanted, key=lambda key: key[1] == CONTROL):
+        if key not in finished:
+            yield key
 
 
 def main() -> None:
@@ -256,7 +266,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "runs" / "fp8.jsonl", help="finished runs, JSON lines")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo", help="the demo's prepared data set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--window", type=int, default=50, help="steps that the report averages")
@@ -274,7 +284,7 @@ def main() -> None:
             with arguments.store.open("a") as file:
                 file.write(json.dumps(run._asdict()) + "\n")
     runs = [run for run in read_store(arguments.store) if run.seed in arguments.seeds and run.steps == arguments.steps]
-    comparisons = [c for name in RECIPES if name != BASELINE and (c := compare(runs, name, arguments.window))]
+    comparisons = [c for name in VARIANTS if name != BASELINE and (c := compare(runs, name, arguments.window))]
     print(table(comparisons, arguments.window))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([c._asdict() for c in comparisons], indent=1) + "\n")
