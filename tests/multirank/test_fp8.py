@@ -16,6 +16,8 @@ import torch
 from rank_pool import RankPool
 from scenarios import Step, Trace, reference, settings
 
+from pretrain.universal_format import write_universal
+
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(400)]
 
 STEPS = [Step(3), Step(2)]
@@ -83,3 +85,18 @@ def test_a_checkpoint_continues_in_another_recipe(two_ranks: RankPool, tmp_path:
     for name, weight in before.weights.items():
         assert after.weights[name].dtype == weight.dtype
         assert after.weights[name].shape == weight.shape
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_checkpoint_continues_in_another_dtype(two_ranks: RankPool, tmp_path: Path, saved: str, loaded: str) -> None:
+    """In the universal format, which holds the fp32 master weights and moments whatever the run's dtype."""
+    steps = [Step(2), Step(3)] * 3
+
+    def values(dtype: str) -> dict[str, Any]:
+        return {**fp8_settings("fp8_rowwise"), "precision": {"dtype": dtype, "recipe": "fp8_rowwise"}}
+
+    before = two_ranks.run(rank_jobs.save_and_continue, values=values(saved), folder=tmp_path, steps=steps)[0]
+    write_universal(tmp_path / "saved", tmp_path / "universal")
+    after, _ = two_ranks.run(rank_jobs.reshape_and_continue, values=values(loaded), folder=tmp_path, steps=steps)[0]
+    assert after.losses == pytest.approx(before.losses, rel=1e-3)
+    assert after.norms == pytest.approx(before.norms, rel=0.01)
