@@ -34,10 +34,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from model import remat
 from model.attention import Carry
 from model.config import IceConfig
 from model.expert_parallel import SELECTION_BIAS, routed_output, router_weight, shared_output
-from model.moe import select_experts
+from model.moe import expert_scores, select_experts
 
 
 class ExpertCarry(NamedTuple):
@@ -48,6 +49,14 @@ class ExpertCarry(NamedTuple):
     experts_NK: torch.Tensor  # the experts it came from, ascending
     computed_in_N: torch.Tensor  # int64, the loop it was computed in
     computed_share: torch.Tensor  # scalar fp32, tokens computed / tokens seen, over all loops so far
+
+
+class _Decision(NamedTuple):
+    """What is decided for a loop; a recomputation may be told (``model/remat``)."""
+
+    experts_NK: torch.Tensor  # the router's choice, ascending
+    reuse_N: torch.Tensor  # bool
+    rows_M: torch.Tensor  # int64, the tokens to compute
 
 
 class ExpertCache:
@@ -72,38 +81,45 @@ class ExpertCache:
         return ExpertCarry(*carry).computed_share
 
     def _next_carry(self, layer: nn.Module, x_ND: torch.Tensor, loop: int, old: ExpertCarry | None) -> ExpertCarry:
-        experts_NK, confidence_N = self._routing(layer, x_ND)
+        decision = remat.keep("routes", lambda: self._decide(layer, x_ND.detach(), loop, old))
         if old is None:
             return ExpertCarry(
                 routed_output(layer, x_ND),
                 x_ND.detach(),
-                experts_NK,
-                torch.full_like(experts_NK[:, 0], loop),
+                decision.experts_NK,
+                torch.full_like(decision.experts_NK[:, 0], loop),
                 torch.ones((), dtype=torch.float32, device=x_ND.device),
             )
-        reuse_N = self._reuse(old, x_ND.detach(), experts_NK, confidence_N, loop)
-        rows_M = (~reuse_N).nonzero().squeeze(1)
+        reuse_N, rows_M = decision.reuse_N, decision.rows_M
         # index_select keeps the graph also when it selects nothing, and with it the collectives of the backward.
         computed_MD = routed_output(layer, x_ND.index_select(0, rows_M))
         return ExpertCarry(
             old.routed_ND.index_copy(0, rows_M, computed_MD),
             torch.where(reuse_N.unsqueeze(1), old.input_ND, x_ND.detach()),
-            experts_NK,  # of a reused token they are the cached ones
+            decision.experts_NK,  # of a reused token they are the cached ones
             torch.where(reuse_N, old.computed_in_N, loop),
             old.computed_share + ((~reuse_N).float().mean() - old.computed_share) / (loop + 1),
         )
 
     @torch.no_grad()
+    def _decide(self, layer: nn.Module, x_ND: torch.Tensor, loop: int, old: ExpertCarry | None) -> _Decision:
+        experts_NK, confidence_N = self._routing(layer, x_ND)
+        if old is None:
+            reuse_N = torch.zeros_like(confidence_N, dtype=torch.bool)
+        else:
+            reuse_N = self._reuse(old, x_ND, experts_NK, confidence_N, loop)
+        return _Decision(experts_NK, reuse_N, (~reuse_N).nonzero().squeeze(1))
+
     def _routing(self, layer: nn.Module, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts the router would choose, ascending (N, K), and how sure of them it is (N,), in [0, 1]."""
         bias_E = getattr(layer.router, SELECTION_BIAS)
-        scores_NE, experts_NK = select_experts(self.config, router_weight(layer), bias_E, x_ND)
+        scores_NE = expert_scores(self.config, router_weight(layer), x_ND)
+        experts_NK = select_experts(self.config, scores_NE, bias_E)
         chosen_NK = scores_NE.gather(1, experts_NK)
         # Probabilities may add up to more than 1 by rounding.
         confidence_N = chosen_NK.mean(1) if self.config.score_func == "sigmoid" else chosen_NK.sum(1).clamp(max=1)
         return experts_NK.sort(dim=1).values, confidence_N
 
-    @torch.no_grad()
     def _reuse(
         self, old: ExpertCarry, x_ND: torch.Tensor, experts_NK: torch.Tensor, confidence_N: torch.Tensor, loop: int
     ) -> torch.Tensor:

@@ -15,7 +15,6 @@ Shapes: B batch, S sequence, D width, T loops.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from model.depth import DepthPlan
 from model.expert_load import ExpertLoad
 from model.gradient_sum import summed_gradients
 from model.grouped_product import expert_weights
-from model.halting import Halting, closed
+from model.halting import Halting, HaltingState, closed
 from model.initial_noise import normal_noise
 from model.injection import StableInjection
 from model.lora import GatedDepthLoRA
@@ -38,6 +37,31 @@ from model.norm import RMSNorm
 from model.step_embedding import LoopStepEmbedding
 
 RANDOM_STATE_STD = 0.02
+
+
+class LoopInputs(NamedTuple):
+    """What every loop of one forward is given, besides the state."""
+
+    e_BSD: torch.Tensor
+    decay_D: torch.Tensor
+    drive_BSD: torch.Tensor
+    context: SequenceContext
+
+
+class LoopState(NamedTuple):
+    """What one loop hands to the next."""
+
+    h_BSD: torch.Tensor
+    carries: tuple[BlockCarry, ...]
+    halting: HaltingState | None
+    change_BS: torch.Tensor  # fp32, no gradient: ||h_t - h_(t-1)|| / ||h_t|| in the last loop a token ran
+
+    def output(self) -> torch.Tensor:
+        """The state as the coda would read it now, (B, S, D)."""
+        return self.h_BSD if self.halting is None else closed(self.halting, self.h_BSD)
+
+
+States = dict[int, torch.Tensor]  # (B, S, D) by depth, those of the plan's ``read_loops``
 
 
 class CoreOutput(NamedTuple):
@@ -65,7 +89,7 @@ class LoopedCore(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.part = config, part
-        self.remat: remat.RematPolicy = "none"
+        self.set_remat("none")
         self.expert_load = expert_load or ExpertLoad(config.recurrent_layers, config.n_experts)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.step_embedding = LoopStepEmbedding(config.dim)
@@ -84,65 +108,120 @@ class LoopedCore(nn.Module):
         if config.initial_state == "learned":
             self.initial_state = nn.Parameter(torch.zeros(config.dim))
 
-    def set_remat(self, policy: remat.RematPolicy) -> None:
-        """Choose what the backward computes again instead of storing; see ``model/remat.py``."""
-        self.remat = policy
+    def set_remat(self, policy: remat.RematPolicy, offload: bool = False) -> None:
+        """Choose what the loops keep for the backward, and whether in host memory; see ``model/remat``."""
+        self.remat, self.offload = policy, offload
 
     def forward(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         """Run ``plan.n_loops`` loops from the encoded input ``e``, the normalised output of the prelude."""
         with summed_gradients(expert_weights(self.blocks)):
-            return self._loops(e_BSD, context, plan)
+            return self._run(e_BSD, context, plan)
 
-    def _loops(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
+    def _run(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         decay, drive = self.injection()
-        decay_D, drive_BSD = decay.to(e_BSD.dtype), drive.to(e_BSD.dtype) * e_BSD
+        inputs = LoopInputs(e_BSD, decay.to(e_BSD.dtype), drive.to(e_BSD.dtype) * e_BSD, context)
         h_BSD = self._initial_state(e_BSD, plan.noise_keys_B)
-        inputs = (e_BSD, decay_D, drive_BSD, context)
-        carries = tuple(BlockCarry() for _ in self.blocks)
         halting = None if self.halting is None else self.halting.start(h_BSD)
-        first_with_graph = 0 if plan.grad_loops is None else max(plan.n_loops - plan.grad_loops, 0)
-        previous_BSD = h_BSD
-        running_BS1: torch.Tensor | None = None
-        states: dict[int, torch.Tensor] = {}
-        if plan.controller is not None:
-            plan.controller.start(e_BSD, plan.n_loops)
+        unmoved_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
+        state = LoopState(h_BSD, tuple(BlockCarry() for _ in self.blocks), halting, unmoved_BS)
 
+        if plan.controller is None:
+            state, states = self._all_loops(state, inputs, plan)
+        else:
+            state, states = self._controlled_loops(state, inputs, plan)
+
+        residual = state.change_BS.mean()
+        ponder_cost = torch.zeros_like(residual) if state.halting is None else state.halting.depth_BS.mean()
+        read_NBSD = torch.stack([states[loop] for loop in plan.read_loops]) if plan.read_loops else None
+        return CoreOutput(state.output(), ponder_cost, residual, self._expert_share(state.carries, residual), read_NBSD)
+
+    def _all_loops(self, state: LoopState, inputs: LoopInputs, plan: DepthPlan) -> tuple[LoopState, States]:
+        """All of the plan's loops: the first without a graph, the others under the policy of ``set_remat``."""
+        first_with_graph = 0 if plan.grad_loops is None else max(plan.n_loops - plan.grad_loops, 0)
+        with torch.no_grad():
+            state, states = self._loops(state, inputs, plan, range(first_with_graph))
+        host = remat.HostCopies(inputs[:3]) if self.offload else None
+        nested = self.remat == "sqrt" and torch.is_grad_enabled()
+        *outer, last = remat.segments(range(first_with_graph, plan.n_loops), nested)
+        for segment in outer:
+            state, read = remat.checkpointed(
+                self._loops, state, inputs, plan, segment, load=self.expert_load, host=host
+            )
+            states |= read
+        state, read = self._loops(state, inputs, plan, last, host)
+        return state, states | read
+
+    def _loops(
+        self,
+        state: LoopState,
+        inputs: LoopInputs,
+        plan: DepthPlan,
+        loops: range,
+        host: remat.HostCopies | None = None,
+    ) -> tuple[LoopState, States]:
+        """A run of loops, and the states wanted on the way."""
+        states = {}
+        for loop in loops:
+            state = self._loop(state, inputs, plan, loop, host=host)
+            if loop + 1 in plan.read_loops:
+                states[loop + 1] = state.output()
+        return state, states
+
+    def _loop(
+        self,
+        state: LoopState,
+        inputs: LoopInputs,
+        plan: DepthPlan,
+        loop: int,
+        running_BS1: torch.Tensor | None = None,
+        host: remat.HostCopies | None = None,
+    ) -> LoopState:
+        """One loop; where ``running_BS1`` is given and false, the state stays what it was."""
+        self.expert_load.begin_loop(loop)
+        old_BSD = state.h_BSD
+        arguments = (old_BSD, state.carries, *inputs, loop)
+        if self.remat == "none":
+            new_BSD, carries = self._step(*arguments)
+        else:
+            kinds = remat.KINDS[self.remat]
+            new_BSD, carries = remat.checkpointed(self._step, *arguments, kinds=kinds, load=self.expert_load, host=host)
+        last: torch.Tensor | bool = loop == plan.n_loops - 1
+        if plan.sequence_loops_B is not None:
+            running_BS1 = (plan.sequence_loops_B > loop).view(-1, 1, 1)
+            last = last | (plan.sequence_loops_B == loop + 1).unsqueeze(-1)
+        h_BSD, change_BS = new_BSD, state.change_BS
+        if running_BS1 is not None:
+            h_BSD = torch.where(running_BS1, new_BSD, old_BSD)
+            change_BS = torch.where(running_BS1.squeeze(-1), _relative_change(new_BSD, old_BSD), change_BS)
+        elif loop == plan.n_loops - 1 or plan.controller is not None:
+            change_BS = _relative_change(new_BSD, old_BSD)
+        halting = state.halting
+        if self.halting is not None and halting is not None:
+            halting = self.halting(halting, h_BSD, loop, last)
+        return LoopState(h_BSD, carries, halting, change_BS)
+
+    def _controlled_loops(self, state: LoopState, inputs: LoopInputs, plan: DepthPlan) -> tuple[LoopState, States]:
+        """Loops while the plan's controller lets a token go on; only while decoding, without gradients."""
+        controller, context = plan.controller, inputs.context
+        assert controller is not None
+        controller.start(inputs.e_BSD, plan.n_loops)
+        running_BS1: torch.Tensor | None = None
+        states: States = {}
         for loop in range(plan.n_loops):
-            if plan.controller is not None and loop > 0:
-                read_BSD = h_BSD if halting is None else closed(halting, h_BSD)
-                continues_BS1 = plan.controller.continues(loop, read_BSD).unsqueeze(-1)
+            if loop > 0:
+                continues_BS1 = controller.continues(loop, state.output()).unsqueeze(-1)
                 running_BS1 = continues_BS1 if running_BS1 is None else running_BS1 & continues_BS1
                 if not bool(running_BS1.any()):
                     self._remember_skipped(context, loop, plan.n_loops)
                     break
             several = running_BS1 is not None and running_BS1.numel() > 1
             held = self._rows_before(context, loop) if several else []
-            with torch.no_grad() if loop < first_with_graph else nullcontext():
-                self.expert_load.begin_loop(loop)
-                new_BSD, carries = remat.run(
-                    self.remat, self._step, h_BSD, carries, *inputs, loop, load=self.expert_load
-                )
-                last: torch.Tensor | bool = loop == plan.n_loops - 1
-                if plan.sequence_loops_B is not None:
-                    running_BS1 = (plan.sequence_loops_B > loop).view(-1, 1, 1)
-                    last = last | (plan.sequence_loops_B == loop + 1).unsqueeze(-1)
-                if running_BS1 is None:
-                    previous_BSD, h_BSD = h_BSD, new_BSD
-                else:
-                    previous_BSD = torch.where(running_BS1, h_BSD, previous_BSD)
-                    h_BSD = torch.where(running_BS1, new_BSD, h_BSD)
-                    self._hold_ended(context, loop, running_BS1, held)
-                if self.halting is not None and halting is not None:
-                    halting = self.halting(halting, h_BSD, loop, last)
-                if loop + 1 in plan.read_loops:
-                    states[loop + 1] = h_BSD if halting is None else closed(halting, h_BSD)
-
-        residual = _relative_change(h_BSD, previous_BSD)
-        share = self._expert_share(carries, residual)
-        read_NBSD = torch.stack([states[loop] for loop in plan.read_loops]) if plan.read_loops else None
-        if halting is None:
-            return CoreOutput(h_BSD, torch.zeros_like(residual), residual, share, read_NBSD)
-        return CoreOutput(closed(halting, h_BSD), halting.depth_BS.mean(), residual, share, read_NBSD)
+            state = self._loop(state, inputs, plan, loop, running_BS1)
+            if running_BS1 is not None:
+                self._hold_ended(context, loop, running_BS1, held)
+            if loop + 1 in plan.read_loops:
+                states[loop + 1] = state.output()
+        return state, states
 
     def _step(
         self,
@@ -238,7 +317,7 @@ class LoopedCore(nn.Module):
 
 @torch.no_grad()
 def _relative_change(new_BSD: torch.Tensor, old_BSD: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of ``||new - old|| / ||new||``, fp32."""
+    """``||new - old|| / ||new||`` of each token, (B, S) fp32."""
     new, old = new_BSD.detach().float(), old_BSD.detach().float()
-    change: torch.Tensor = (new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)
-    return change.mean()
+    change_BS: torch.Tensor = (new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)
+    return change_BS

@@ -91,7 +91,7 @@ class IceModel(nn.Module):
     def __init__(self, config: IceConfig) -> None:
         super().__init__()
         self.config = config
-        self.remat: remat.RematPolicy = "none"
+        self.remat_once: remat.RematOnce = "none"
         self.embed = Embedding(config)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps)
@@ -101,11 +101,20 @@ class IceModel(nn.Module):
         self.head = Head(config, self.embed.weight if config.tie_embeddings else None)
         self.depth_heads = DepthHeads(config) if config.slu else None
 
-    def set_remat(self, policy: remat.RematPolicy) -> None:
-        """Choose what the backward computes again instead of storing; see ``model/remat.py``."""
-        remat.check_policy(policy)
-        self.remat = policy
-        self.core.set_remat(policy)
+    def set_remat(self, policy: remat.RematPolicy, once: remat.RematOnce | None = None, offload: bool = False) -> None:
+        """Choose what is kept for the backward and what it computes again; see ``model/remat``.
+
+        Args:
+            policy: Of the loops.
+            once: Of prelude and coda; None: ``none`` with the policy ``none``, ``block`` with any other.
+            offload: Keep the loops' states in host memory.
+
+        Raises:
+            ValueError: On an unknown policy, or nothing to offload.
+        """
+        remat.check_policy(policy, once, offload)
+        self.remat_once = remat.once_policy(policy, once)
+        self.core.set_remat(policy, offload)
 
     @overload
     def forward(
@@ -260,7 +269,10 @@ class IceModel(nn.Module):
     ) -> torch.Tensor:
         for layer, block in enumerate(blocks):
             site = context.site(part, layer, window=self.config.window(layer))
-            update_BSD, _ = remat.run(self.remat, block, x_BSD, site)
+            if self.remat_once == "block":
+                update_BSD, _ = remat.checkpointed(block, x_BSD, site)
+            else:
+                update_BSD, _ = block(x_BSD, site)
             x_BSD = x_BSD + update_BSD
         return x_BSD
 

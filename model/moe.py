@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import remat
 from model.config import IceConfig
 from model.expert_load import ExpertLoad
 from model.grouped_product import GroupedProduct, grouped_mm
@@ -40,19 +41,42 @@ class Routes(NamedTuple):
     tokens_per_expert_E: torch.Tensor  # int64
 
 
-def select_experts(
-    config: IceConfig, weight_ED: torch.Tensor, bias_E: torch.Tensor, x_ND: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (N, E), fp32, and each token's K experts (N, K), int64 in no particular order.
+class Choice(NamedTuple):
+    """Its part without a gradient: what a recomputation may be told (``model/remat``)."""
 
-    A pure function of a router's weight and selection bias, so that others can ask what the router would decide.
-    """
+    experts_NK: torch.Tensor  # int64
+    tokens_per_expert_E: torch.Tensor  # int64
+
+
+def route(config: IceConfig, weight_ED: torch.Tensor, bias_E: torch.Tensor, x_ND: torch.Tensor) -> Routes:
+    """Route N tokens with a router's weight and selection bias. All arithmetic in fp32, whatever the dtypes."""
+    scores_NE = expert_scores(config, weight_ED, x_ND)
+    choice = remat.keep("routes", lambda: _choice(config, scores_NE, bias_E))
+    gates_NK = scores_NE.gather(1, choice.experts_NK)
+    if config.route_norm:
+        gates_NK = gates_NK / (gates_NK.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routes(gates_NK * config.route_scale, *choice)
+
+
+def expert_scores(config: IceConfig, weight_ED: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+    """Scores of every expert for every token, (N, E) fp32."""
     logits_NE = F.linear(x_ND.float(), weight_ED.float())
-    scores_NE = logits_NE.sigmoid() if config.score_func == "sigmoid" else logits_NE.softmax(dim=-1)
+    return logits_NE.sigmoid() if config.score_func == "sigmoid" else logits_NE.softmax(dim=-1)
+
+
+def select_experts(config: IceConfig, scores_NE: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+    """Each token's K experts (N, K), int64 in no particular order; a pure function, so that others can ask too."""
     choice_NE = scores_NE.detach() + bias_E.float()
     if config.moe_n_groups > 1:
         choice_NE = _keep_best_groups(config, choice_NE)
-    return scores_NE, choice_NE.topk(config.n_experts_per_tok, dim=-1, sorted=False).indices
+    return choice_NE.topk(config.n_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def _choice(config: IceConfig, scores_NE: torch.Tensor, bias_E: torch.Tensor) -> Choice:
+    experts_NK = select_experts(config, scores_NE, bias_E)
+    chosen = experts_NK.reshape(-1)
+    tokens_per_expert_E = torch.zeros(config.n_experts, dtype=torch.int64, device=chosen.device)
+    return Choice(experts_NK, tokens_per_expert_E.scatter_add_(0, chosen, torch.ones_like(chosen)))
 
 
 def _keep_best_groups(config: IceConfig, choice_NE: torch.Tensor) -> torch.Tensor:
@@ -65,7 +89,7 @@ def _keep_best_groups(config: IceConfig, choice_NE: torch.Tensor) -> torch.Tenso
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token. All arithmetic in fp32, whatever the parameters' dtype."""
+    """Chooses K of E experts for each token."""
 
     e_score_correction_bias: torch.Tensor
 
@@ -81,19 +105,10 @@ class Router(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> Routes:
         """Route (N, D)."""
-        config = self.config
-        scores_NE, experts_NK = select_experts(config, self.weight, self.e_score_correction_bias, x_ND)
-        gates_NK = scores_NE.gather(1, experts_NK)
-        if config.route_norm:
-            gates_NK = gates_NK / (gates_NK.sum(dim=-1, keepdim=True) + 1e-20)
-        gates_NK = gates_NK * config.route_scale
-
-        chosen = experts_NK.reshape(-1)
-        tokens_per_expert_E = torch.zeros(config.n_experts, dtype=torch.int64, device=chosen.device)
-        tokens_per_expert_E.scatter_add_(0, chosen, torch.ones_like(chosen))
+        routes = route(self.config, self.weight, self.e_score_correction_bias, x_ND)
         if self.training and self.expert_load is not None:
-            self.expert_load.add(self.load_layer, tokens_per_expert_E)
-        return Routes(gates_NK, experts_NK, tokens_per_expert_E)
+            self.expert_load.add(self.load_layer, routes.tokens_per_expert_E)
+        return routes
 
 
 class DispatchPlan(NamedTuple):
@@ -104,7 +119,7 @@ class DispatchPlan(NamedTuple):
     offsets_E: torch.Tensor  # int32, end of each expert's rows
 
 
-def plan_dispatch(routes: Routes, row_alignment: int = 1) -> DispatchPlan:
+def plan_dispatch(routes: Routes | Choice, row_alignment: int = 1) -> DispatchPlan:
     """Sort choices by expert, each expert's rows starting at a multiple of ``row_alignment``.
 
     The number of rows depends on shapes only (no host synchronisation): ``N * K``, plus at most
@@ -160,6 +175,23 @@ class _Collect(torch.autograd.Function):
         return zeros.index_copy_(0, row_of_choice_NK.reshape(-1), grad.flatten(0, 1)), None
 
 
+def dispatch(x_ND: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+    """Tokens to rows sorted by expert, (N, D) to (R, D)."""
+    rows_RD: torch.Tensor = _Dispatch.apply(x_ND, plan.token_of_row_R, plan.row_of_choice_NK)
+    return rows_RD
+
+
+def collect(rows_RD: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+    """Rows back to the choices they were made for, (R, D) to (N, K, D)."""
+    choices_NKD: torch.Tensor = _Collect.apply(rows_RD, plan.row_of_choice_NK)
+    return choices_NKD
+
+
+def mix(choices_NKD: torch.Tensor, gates_NK: torch.Tensor) -> torch.Tensor:
+    """Each token's gated sum, (N, D), added up in fp32."""
+    return (choices_NKD * gates_NK.unsqueeze(-1)).sum(dim=1).to(choices_NKD.dtype)
+
+
 class Experts(nn.Module):
     """E SwiGLU feed-forwards as two stacked matrices; ``FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)``."""
 
@@ -205,9 +237,6 @@ class MoELayer(nn.Module):
         """What the routed experts alone add, (N, D) to (N, D); N may be 0."""
         routes = self.router(x_ND)
         alignment = max(row_alignment(x_ND.device, x_ND.dtype), self.experts.product.row_alignment)
-        plan = plan_dispatch(routes, alignment)
-        rows_RD = _Dispatch.apply(x_ND, plan.token_of_row_R, plan.row_of_choice_NK)
-        rows_RD = self.experts(rows_RD, plan.offsets_E)
-        choices_NKD = _Collect.apply(rows_RD, plan.row_of_choice_NK)
-        mixed_ND: torch.Tensor = (choices_NKD * routes.gates_NK.unsqueeze(-1)).sum(dim=1).to(x_ND.dtype)
-        return mixed_ND
+        plan = remat.keep("routes", lambda: plan_dispatch(routes, alignment))
+        rows_RD = self.experts(dispatch(x_ND, plan), plan.offsets_E)
+        return mix(collect(rows_RD, plan), routes.gates_NK)

@@ -60,11 +60,11 @@ class MultiScaleCore(nn.Module):
         )
         self.fusion = ScaleFusion(config)
 
-    def set_remat(self, policy: remat.RematPolicy) -> None:
-        """Choose what the backward computes again instead of storing; see ``model/remat.py``."""
+    def set_remat(self, policy: remat.RematPolicy, offload: bool = False) -> None:
+        """Choose what every scale's loops keep for the backward; see ``model/remat``."""
         for core in self.scales:
             assert isinstance(core, LoopedCore)
-            core.set_remat(policy)
+            core.set_remat(policy, offload)
 
     def forward(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         """Run every scale and fuse. The ponder cost is the sum over scales, residual and expert share the mean."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
 from model.fp8 import Fp8Part, RecipeName
+from model.remat import RematOnce, RematPolicy
 from model.variants import VARIANTS
 
 
@@ -255,7 +256,11 @@ class LoopSection(Section):
     depth_benefit_margin: float = Field(
         0.01, ge=0, description="nats a loop must gain to be worth it, with model.slu only"
     )
-    remat: Literal["none", "loop"] = Field("loop", description="recompute each loop in the backward pass, or keep it")
+    remat: RematPolicy = Field("loop", description="what each loop keeps for the backward pass (model/remat)")
+    remat_once: RematOnce | None = Field(
+        None, description="the same of prelude and coda: all, or each block's input; default block, unless remat = none"
+    )
+    remat_offload: bool = Field(False, description="keep the loops' states in host memory until the backward pass")
 
     @model_validator(mode="after")
     def _range_holds_mean(self) -> LoopSection:
@@ -263,6 +268,8 @@ class LoopSection(Section):
             raise SettingError("min_loops", self.min_loops, f"exceeds mean_loops = {self.mean_loops}")
         if self.max_loops is not None and self.max_loops < (self.mean_loops or self.min_loops):
             raise SettingError("max_loops", self.max_loops, "below mean_loops or min_loops")
+        if self.remat_offload and self.remat == "none":
+            raise SettingError("remat_offload", True, "remat = none keeps no loop states; choose another policy")
         return self
 
 

@@ -279,7 +279,7 @@ class TrainingEngine:
         sharded = deepspeed.zero.Init(config_dict_or_path=settings) if config.parallel.zero_init else None
         with sharded or contextlib.nullcontext():
             model = IceModel(config.model)
-        model.set_remat(config.loop.remat)
+        model.set_remat(config.loop.remat, config.loop.remat_once, config.loop.remat_offload)
         if config.parallel.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [LoopedCore])
         self._engine, *_ = deepspeed.initialize(
@@ -295,9 +295,11 @@ class TrainingEngine:
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
         from pretrain.expert_compute import adopt_engine_experts  # imports DeepSpeed
+        from pretrain.expert_layer import adopt_expert_layers
 
         adopt_replaced_layers(self.model, self.model.core.expert_load)
         adopt_engine_experts(self.model)
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model)  # why it runs; None: ours does
         self.fp8: str | None = None  # how FP8 is used, for the log
         if fp8 is not None:
             converted = convert(self.model, config.model, fp8.kernels, config.precision.fp8_exclude)

@@ -93,6 +93,6 @@ def require_same_identity(
 
 
 def is_reshaped(record: dict[str, Any], identity: RunIdentity) -> bool:
-    """Whether the run has other ranks or another dtype than the checkpoint; ``require_same_identity`` has let it pass."""
+    """Whether the checkpoint must be converted: ``require_same_identity`` has let other ranks or another dtype pass."""
     saved = record["identity"]["topology"]
     return any(saved.get(key) != identity.topology.get(key) for key in ELASTIC)

@@ -287,5 +287,5 @@ def test_sequences_longer_than_the_context_are_refused() -> None:
 
 
 def test_unknown_checkpointing_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="remat = full: must be one of none, loop"):
+    with pytest.raises(ValueError, match="remat = full: must be one of none, loop, routes, dispatch, sqrt"):
         IceModel(SMALL).set_remat("full")
