@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from model.expert_parallel import routed_layers
 from model.fp8 import BLOCKWISE, ROWWISE, Emulated, Fp8GroupedProduct, Fp8Part, convert
 from model.fp8.conversion import Fp8Linear
 from model.grouped_product import GroupedMM
+from model.remat import RematPolicy
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,
@@ -127,10 +128,11 @@ def test_a_model_in_fp8_stores_the_same_and_computes_nearly_the_same(recipe: Any
         if gradient.dim() > 1 and high[name].norm() > 1e-4:
             assert F.cosine_similarity(gradient.flatten(), high[name].flatten(), dim=0) > 0.98, name
 
-    model.set_remat("loop")
-    again_loss, again = loss_and_gradients(model, ids)
-    assert torch.equal(again_loss, loss)
-    assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
+    for policy in get_args(RematPolicy):
+        model.set_remat(policy)
+        again_loss, again = loss_and_gradients(model, ids)
+        assert torch.equal(again_loss, loss), policy
+        assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items()), policy
 
 
 def test_other_models_are_left_alone() -> None:
