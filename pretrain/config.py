@@ -295,12 +295,17 @@ class ParallelSection(Section):
     expert_parallel_size: int = Field(1, ge=1)
     micro_batch_size: int = Field(1, ge=1, description="sequences a rank runs at once")
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
+    fp8_dispatch: bool = Field(
+        False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
+    )
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
 
     @model_validator(mode="after")
     def _stage_allows(self) -> ParallelSection:
+        if self.fp8_dispatch and self.expert_parallel_size == 1:
+            raise SettingError("fp8_dispatch", True, "expert_parallel_size = 1 sends no rows to other ranks")
         if self.zero_init and self.zero_stage != 3:
             raise SettingError("zero_init", True, f"needs zero_stage = 3, not {self.zero_stage}")
         if self.offload_parameters != "none" and self.zero_stage != 3:

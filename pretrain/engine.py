@@ -299,11 +299,19 @@ class TrainingEngine:
 
         adopt_replaced_layers(self.model, self.model.core.expert_load)
         adopt_engine_experts(self.model)
-        self.stock_expert_layer = adopt_expert_layers(self.model, config.model)  # why it runs; None: ours does
-        self.fp8: str | None = None  # how FP8 is used, for the log
+        fp8_dispatch = config.parallel.fp8_dispatch
+        # Why the engine's own layer runs; None: ours does.
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, fp8_dispatch)
+        if fp8_dispatch and self.stock_expert_layer is not None:
+            raise BadInputError(
+                f"parallel.fp8_dispatch = true: {self.stock_expert_layer}, which cannot; set it to false"
+            )
+        self.fp8: list[str] = []  # how FP8 is used, for the log
         if fp8 is not None:
             converted = convert(self.model, config.model, fp8.kernels, config.precision.fp8_exclude)
-            self.fp8 = f"{fp8.reason}; {converted}"
+            self.fp8.append(f"{fp8.reason}; {converted}")
+        if fp8_dispatch:
+            self.fp8.append("rows travel to their experts in 8 bits, and back in " + self.precision.name)
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 

@@ -203,8 +203,8 @@ def _train_watched(
     for notice in notices:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
-    if engine.fp8 is not None:
-        log.say(engine.fp8)
+    for line in engine.fp8:
+        log.say(line)
     loader = BatchLoader(
         sampler,
         config.data.global_batch_size,

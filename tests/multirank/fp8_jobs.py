@@ -23,12 +23,29 @@ NOTHING_KEPT = {
 }
 
 
-def train_and_say(values: dict[str, Any], steps: list[Step]) -> tuple[Trace, str | None]:
+def train_and_say(values: dict[str, Any], steps: list[Step]) -> tuple[Trace, list[str]]:
     """A scenario's trace, and what the engine says of FP8."""
     engine = start_engine(values)
     trace = train_on(engine, steps, gradients=True)
     end_engine(engine)
     return trace, engine.fp8
+
+
+def train_and_count_rows_sent(values: dict[str, Any], steps: list[Step]) -> tuple[Trace, list[str], dict[str, int]]:
+    """The same, and bytes of the rows this rank sent by all-to-all, by dtype (counts of rows are int32)."""
+    import deepspeed.comm
+
+    sent: dict[str, int] = {}
+    original = deepspeed.comm.all_to_all_single
+
+    def counting(output: Tensor, tensor: Tensor, *arguments: Any, **keys: Any) -> Any:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        sent[kind] = sent.get(kind, 0) + tensor.numel() * tensor.element_size()
+        return original(output, tensor, *arguments, **keys)
+
+    with mock.patch.object(deepspeed.comm, "all_to_all_single", counting):
+        trace, said = train_and_say(values, steps)
+    return trace, said, sent
 
 
 def storages_after_forward(values: dict[str, Any], as_views: bool) -> dict[str, tuple[int, int]]:

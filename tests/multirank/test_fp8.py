@@ -6,6 +6,7 @@ across topologies agrees to a part of FP8's own error, what is computed by the s
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import rank_jobs
 import torch
 from rank_pool import RankPool
-from scenarios import Step, Trace, reference, settings
+from scenarios import BATCH, LENGTH, Step, Trace, reference, settings
 
 from pretrain.universal_format import write_universal
 
@@ -48,10 +49,10 @@ def test_a_recipe_trains_sharded_spread_and_recomputed_as_in_one_process(two_ran
     stored, said = two_ranks.run(fp8_jobs.train_and_say, values=fp8_settings(recipe), steps=STEPS)[0]
     values = fp8_settings(recipe, policy, zero_init=True)
     recomputed, _ = two_ranks.run(fp8_jobs.train_and_say, values=values, steps=STEPS)[0]
-    assert said == (
+    assert said == [
         f"{recipe} emulated: this CPU has no 8-bit products; numerics of FP8, no speed; "
         "FP8 multiplies in 16 linear layers and the routed experts"
-    )
+    ]
     assert recomputed.losses == stored.losses
     assert recomputed.norms == stored.norms
     for name, gradient in stored.gradients[1].items():
@@ -102,3 +103,23 @@ def test_a_checkpoint_continues_in_another_dtype(two_ranks: RankPool, tmp_path: 
     after, _ = two_ranks.run(rank_jobs.reshape_and_continue, values=values(loaded), folder=tmp_path, steps=steps)[0]
     assert after.losses == pytest.approx(before.losses, rel=1e-3)
     assert after.norms == pytest.approx(before.norms, rel=0.01)
+
+
+def test_rows_in_eight_bits_on_the_wire_change_no_block_wise_forward_and_save_bytes(two_ranks: RankPool) -> None:
+    def run(**parallel: Any) -> tuple[Trace, list[str], Counter[str]]:
+        values = fp8_settings("fp8_blockwise", "dispatch", **parallel)
+        answers = two_ranks.run(fp8_jobs.train_and_count_rows_sent, values=values, steps=[Step(3)])
+        return *answers[0][:2], sum((Counter(answer[2]) for answer in answers), Counter())
+
+    wide, said, wide_bytes = run()
+    assert len(said) == 1
+    narrow, said, narrow_bytes = run(fp8_dispatch=True)
+    assert said[1] == "rows travel to their experts in 8 bits, and back in fp32"
+    assert torch.equal(narrow.logits, wide.logits)
+    assert 0 < distance(narrow, wide) < 0.02, "weight gradients read rounded rows"
+    # Each loop's layers send every choice of every token four times: there, back, and the gradients of both.
+    rows = 3 * 2 * BATCH * LENGTH * 2
+    width = 32
+    assert wide_bytes == {"float32": 4 * rows * 4 * width, "int32": wide_bytes["int32"]}
+    # One of the four is a byte a number, and one for the scale, instead of four.
+    assert narrow_bytes == {"float32": 3 * rows * 4 * width, "uint8": rows * (width + 1), "int32": wide_bytes["int32"]}

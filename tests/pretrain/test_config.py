@@ -77,6 +77,7 @@ def test_a_mistake_is_named(override: str, told: str | None) -> None:
     "overrides",
     [
         ["parallel.zero_stage=2", "parallel.zero_init=true"],
+        ["parallel.fp8_dispatch=true", "parallel.expert_parallel_size=1"],
         ["parallel.zero_stage=1", "parallel.offload_parameters=cpu"],
         ["parallel.zero_stage=0", "parallel.offload_optimizer=cpu"],
         ["parallel.offload_optimizer=nvme"],
