@@ -67,10 +67,13 @@ def scale_of(largest: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor, tile: Tile) -> Quantised:
-    """``x`` (..., M, K) in e4m3 with a scale for each tile."""
-    tiles = _tiles(x.float(), tile)
+    """``x`` (..., M, K) in e4m3 with a scale for each tile.
+
+    bf16 is divided in bf16, which is exact for powers of two and takes half the memory; fp16 has too few exponents.
+    """
+    tiles = _tiles(x.float() if x.dtype == torch.float16 else x, tile)
     scales = scale_of(_largest(tiles))
-    return Quantised(_whole(tiles / scales, x).to(E4M3), scales.squeeze((-3, -1)))
+    return Quantised(_whole(tiles / scales.to(tiles.dtype), x).to(E4M3), scales.squeeze((-3, -1)))
 
 
 def dequantise(quantised: Quantised, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,6 +3,7 @@
     python tests/benchmarks/fp8.py --store runs/fp8.jsonl                # every missing run, then the report
     python tests/benchmarks/fp8.py --store runs/fp8.jsonl --report       # the report of what is there
         [--json FILE] [--plot docs/fp8_loss.png]
+    python tests/benchmarks/fp8.py --errors                              # a product's error by recipe and input
 
 A run is (seed, recipe): ``configs/ice_tiny.json``'s model, data, optimizer settings, schedule and random depth, in one
 process and one thread with plain torch AdamW instead of the engine, in fp32, with half the batch of the demo (4
@@ -40,7 +41,8 @@ from data_pipeline.dataset.reader import open_dataset  # noqa: E402
 from launch.settings import load_settings  # noqa: E402
 from model import IceModel  # noqa: E402
 from model.expert_parallel import update_selection_biases  # noqa: E402
-from model.fp8 import RecipeName, choose_kernels, convert  # noqa: E402
+from model.fp8 import RECIPES, Emulated, RecipeName, choose_kernels, convert  # noqa: E402
+from model.fp8.scaling import rounded  # noqa: E402
 from model.init import decays  # noqa: E402
 from pretrain.config import TrainingConfig  # noqa: E402
 from pretrain.data import BatchLoader, held_out_sets, open_sampler  # noqa: E402
@@ -251,6 +253,31 @@ def plot(runs: Sequence[Run], window: int, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def error_table(inner: int = 1024, size: int = 512) -> str:
+    """Relative error, root mean square in percent, of products over ``inner`` numbers against float64."""
+    torch.manual_seed(0)
+    weight = torch.randn(size, inner)
+    plain = torch.randn(size, inner)
+    outliers = plain.clone()
+    outliers[:, torch.randperm(inner)[:4]] *= 1e5  # a few features are large in every row, as in trained transformers
+    spread = plain * torch.exp2(6 * torch.randn(size, inner))  # as gradients are
+    lines = ["| recipe | normal | 4 features x 100,000: what the others give | log-normal, 6 octaves |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, recipe in RECIPES.items():
+        kernels = Emulated(recipe)
+        errors = []
+        for x in (plain, outliers, spread):
+            exact, got = x.double() @ weight.double().T, kernels.product(x, weight).double()
+            if x is outliers:
+                large = x.abs().amax(0) > 1000
+                exact = exact - x[:, large].double() @ weight[:, large].double().T
+                rounded_x, rounded_w = rounded(x, recipe.input), rounded(weight, recipe.weight)
+                got = got - rounded_x[:, large].double() @ rounded_w[:, large].double().T
+            errors.append(float((got - exact).norm() / exact.norm()))
+        lines.append(f"| {name} | {' | '.join(f'{100 * error:.2f}' for error in errors)} |")
+    return "\n".join(lines)
+
+
 def missing(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
     """Seeds and recipes that have no run yet: seed by seed, so that comparisons come early, and the controls last."""
     finished = {(run.seed, run.recipe) for run in runs}
@@ -273,9 +300,13 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--json", type=Path, help="write the comparison here")
     parser.add_argument("--plot", type=Path, help="draw the curves here")
+    parser.add_argument("--errors", action="store_true", help="print the errors of single products and end")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
+    if arguments.errors:
+        print(error_table())
+        return
     if not arguments.report:
         arguments.store.parent.mkdir(parents=True, exist_ok=True)
         for seed, recipe in missing(read_store(arguments.store), arguments):
