@@ -4,6 +4,7 @@
     python tests/benchmarks/fp8.py --store runs/fp8.jsonl --report       # the report of what is there
         [--json FILE] [--plot docs/fp8_loss.png]
     python tests/benchmarks/fp8.py --errors                              # a product's error by recipe and input
+    python tests/benchmarks/fp8.py --price                               # what the emulation costs a step on this CPU
 
 A run is (seed, recipe): ``configs/ice_tiny.json``'s model, data, optimizer settings, schedule and random depth, in one
 process and one thread with plain torch AdamW instead of the engine, in fp32, with half the batch of the demo (4
@@ -278,6 +279,30 @@ def error_table(inner: int = 1024, size: int = 512) -> str:
     return "\n".join(lines)
 
 
+def price_table(data: Path, batch_size: int, rounds: int = 5) -> str:
+    """CPU time of a training step's forward and backward by recipe, taken in turns; medians."""
+    config = load_settings(TrainingConfig, ROOT / "configs" / "ice_tiny.json", [f"data.path={data}"])
+    ids = torch.randint(0, config.model.vocab_size, (batch_size, config.data.sequence_length + 1))
+    models: dict[str, IceModel] = {}
+    for recipe in get_args(RecipeName):
+        torch.manual_seed(0)
+        models[recipe] = IceModel(config.model)
+        if (choice := choose_kernels(recipe, "cpu", torch.float32)) is not None:
+            convert(models[recipe], config.model, choice.kernels, exclude=())
+    seconds: dict[str, list[float]] = {recipe: [] for recipe in models}
+    for _ in range(rounds + 1):
+        for recipe, model in models.items():
+            started = time.process_time()
+            language_model_loss(model(ids[:, :-1], config.mean_loops), ids[:, 1:]).backward()
+            seconds[recipe].append(time.process_time() - started)
+    lines = ["| recipe | CPU seconds a step | relative |", "| --- | --- | --- |"]
+    base = float(np.median(seconds[BASELINE][1:]))
+    for recipe, times in seconds.items():
+        median = float(np.median(times[1:]))
+        lines.append(f"| {recipe} | {median:.3f} | {median / base:.2f} |")
+    return "\n".join(lines)
+
+
 def missing(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
     """Seeds and recipes that have no run yet: seed by seed, so that comparisons come early, and the controls last."""
     finished = {(run.seed, run.recipe) for run in runs}
@@ -301,11 +326,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the comparison here")
     parser.add_argument("--plot", type=Path, help="draw the curves here")
     parser.add_argument("--errors", action="store_true", help="print the errors of single products and end")
+    parser.add_argument("--price", action="store_true", help="print the time of a step by recipe and end")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
     if arguments.errors:
         print(error_table())
+        return
+    if arguments.price:
+        print(price_table(arguments.data, arguments.batch))
         return
     if not arguments.report:
         arguments.store.parent.mkdir(parents=True, exist_ok=True)
