@@ -31,8 +31,9 @@ class GradientSum:
     """The gradient of ``weight`` over all its uses in one pass."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._shape, self._sum = weight.shape, None
-        self._backward = -1
+        self._shape = weight.shape
+        self._sum: Tensor | None = None
+        self._backward = -1  # which backward began the sum, as autograd counts them
         self.token: Tensor = _HandOver.apply(weight, self)
 
     def add(self, multiply_into: Callable[[Tensor, bool], None], like: Tensor) -> None:
@@ -73,8 +74,11 @@ def gradient_sum_of(weight: Tensor) -> GradientSum | None:
 
 @contextmanager
 def summed_gradients(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """In the forward inside, each use of these weights that knows of :func:`gradient_sum_of` shares one sum."""
-    summed = [weight for weight in weights if torch.is_grad_enabled() and weight.requires_grad]
+    """In the forward inside, each use of these weights that knows of :func:`gradient_sum_of` shares one sum.
+
+    A weight that is empty now is one that ZeRO-3 gathers for each use anew, and its gradient is taken at each use.
+    """
+    summed = [weight for weight in weights if torch.is_grad_enabled() and weight.requires_grad and weight.numel()]
     for weight in summed:
         setattr(weight, _ATTRIBUTE, GradientSum(weight))
     try:

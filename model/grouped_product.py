@@ -42,25 +42,36 @@ class GroupedProduct(Protocol):
         """
 
 
-class GroupedMM:
-    """``torch._grouped_mm``; differentiable, no host synchronisation on GPUs."""
+class Kernel(Protocol):
+    """The three products of one grouped product and its gradients, each without a graph."""
 
-    row_alignment = 1
+    def multiply(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """(R, O)."""
 
-    def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-        """See :class:`GroupedProduct`."""
-        gradient_sum = gradient_sum_of(weight_EOI)
-        token = None if gradient_sum is None else gradient_sum.token
-        product: Tensor = _GroupedMM.apply(rows_RI, weight_EOI, offsets_E, gradient_sum, token)
-        return product
+    def rows_gradient(self, grad_RO: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """``grad[rows of i] W_i``, (R, I)."""
+
+    def add_weight_gradient(
+        self, grad_RO: Tensor, rows_RI: Tensor, offsets_E: Tensor, sum_EOI: Tensor, fresh: bool
+    ) -> None:
+        """``sum[i] += grad[rows of i]^T rows[rows of i]``; what a ``fresh`` sum holds is undefined and overwritten."""
 
 
-class _GroupedMM(torch.autograd.Function):
+def differentiable_product(kernel: Kernel, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """``kernel.multiply`` with a graph; the weight's gradient goes into its sum when a loop has one for it."""
+    gradient_sum = gradient_sum_of(weight_EOI)
+    token = None if gradient_sum is None else gradient_sum.token
+    product: Tensor = _Product.apply(kernel, rows_RI, weight_EOI, offsets_E, gradient_sum, token)
+    return product
+
+
+class _Product(torch.autograd.Function):
     """Saves the weight itself rather than a view of it: ZeRO-3 frees and gathers what a parameter holds, not a view."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kernel: Kernel,
         rows_RI: Tensor,
         weight_EOI: Tensor,
         offsets_E: Tensor,
@@ -68,49 +79,59 @@ class _GroupedMM(torch.autograd.Function):
         token: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(rows_RI, weight_EOI, offsets_E)
-        ctx.gradient_sum = gradient_sum
-        return torch._grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+        ctx.kernel, ctx.gradient_sum = kernel, gradient_sum
+        return kernel.multiply(rows_RI, weight_EOI, offsets_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
         grad_RO = grads[0].contiguous()
-        needs_rows, needs_weight, *_ = ctx.needs_input_grad
-        grad_rows = torch._grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if needs_rows else None
-        grad_weight = (
-            weight_gradient(grad_RO, rows_RI, weight_EOI, offsets_E, ctx.gradient_sum) if needs_weight else None
-        )
-        return grad_rows, grad_weight, None, None, None
+        grad_rows = ctx.kernel.rows_gradient(grad_RO, weight_EOI, offsets_E) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            add = partial(ctx.kernel.add_weight_gradient, grad_RO, rows_RI, offsets_E)
+            if ctx.gradient_sum is not None:
+                ctx.gradient_sum.add(add, like=grad_RO)
+            else:
+                grad_weight = grad_RO.new_empty(weight_EOI.shape)
+                add(grad_weight, True)
+        return None, grad_rows, grad_weight, None, None, None
 
 
-def weight_gradient(
-    grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, gradient_sum: GradientSum | None
-) -> Tensor | None:
-    """The gradient of ``weight``, (E, O, I); None when ``gradient_sum`` has taken it in."""
-    add = partial(_add_weight_gradient, grad_RO, rows_RI, offsets_E)
-    if gradient_sum is not None:
-        gradient_sum.add(add, like=grad_RO)
-        return None
-    gradient_EOI = grad_RO.new_empty(weight_EOI.shape)
-    add(gradient_EOI, True)
-    return gradient_EOI
+class GroupedMM:
+    """``torch._grouped_mm``: no host synchronisation on GPUs."""
 
+    row_alignment = 1
 
-def _add_weight_gradient(grad_RO: Tensor, rows_RI: Tensor, offsets_E: Tensor, sum_EOI: Tensor, fresh: bool) -> None:
-    """``sum[i] += grad[rows of i]^T rows[rows of i]``; a ``fresh`` sum is overwritten."""
-    if not rows_RI.is_cpu:
-        # One kernel and one addition: reading the offsets would make the host wait.
-        gradient_EOI = torch._grouped_mm(grad_RO.t(), rows_RI, offs=offsets_E)
-        sum_EOI.copy_(gradient_EOI) if fresh else sum_EOI.add_(gradient_EOI)
-        return
-    start = 0
-    for sum_OI, end in zip(sum_EOI.unbind(0), offsets_E.tolist(), strict=True):
-        if end > start:
-            torch.addmm(sum_OI, grad_RO[start:end].t(), rows_RI[start:end], beta=0 if fresh else 1, out=sum_OI)
-        elif fresh:
-            sum_OI.zero_()
-        start = end
+    def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """See :class:`GroupedProduct`."""
+        return differentiable_product(self, rows_RI, weight_EOI, offsets_E)
+
+    def multiply(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        return torch._grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+
+    def rows_gradient(self, grad_RO: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        return torch._grouped_mm(grad_RO, weight_EOI, offs=offsets_E)
+
+    def add_weight_gradient(
+        self, grad_RO: Tensor, rows_RI: Tensor, offsets_E: Tensor, sum_EOI: Tensor, fresh: bool
+    ) -> None:
+        """See :class:`Kernel`; on CPUs each expert's product is added where it belongs, elsewhere all in one kernel."""
+        if not rows_RI.is_cpu:
+            # Reading the offsets would make the host wait.
+            gradient_EOI = torch._grouped_mm(grad_RO.t(), rows_RI, offs=offsets_E)
+            sum_EOI.copy_(gradient_EOI) if fresh else sum_EOI.add_(gradient_EOI)
+            return
+        start = 0
+        for sum_OI, end in zip(sum_EOI.unbind(0), offsets_E.tolist(), strict=True):
+            if end > start:
+                torch.addmm(sum_OI, grad_RO[start:end].t(), rows_RI[start:end], beta=0 if fresh else 1, out=sum_OI)
+            elif fresh:
+                sum_OI.zero_()
+            start = end
 
 
 class ExpertLoop:

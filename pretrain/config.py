@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
 from model.fp8 import Fp8Part, RecipeName
+from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
 from model.variants import VARIANTS
 
@@ -294,6 +295,9 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     expert_parallel_size: int = Field(1, ge=1)
     micro_batch_size: int = Field(1, ge=1, description="sequences a rank runs at once")
+    expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
+        "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
@@ -483,6 +487,26 @@ class TrainingConfig(Section):
                 size,
                 f"must divide model.n_experts = {experts}; accepted: {', '.join(map(str, divisors))}",
             )
+        backend, precision = self.parallel.expert_backend, self.precision
+        if (
+            precision.recipe != "bf16"
+            and backend != "grouped_mm"
+            and not {"experts", "core"} & set(precision.fp8_exclude)
+        ):
+            raise SettingError(
+                "parallel.expert_backend",
+                backend,
+                f'precision.recipe = {precision.recipe} multiplies the experts itself; add "experts" to '
+                "precision.fp8_exclude, or use grouped_mm",
+            )
+        if experts and self.parallel.expert_backend == "megablocks":
+            for key in ("dim", "expert_dim"):
+                if getattr(self.model, key) % MEGABLOCKS_BLOCK:
+                    raise SettingError(
+                        f"model.{key}",
+                        getattr(self.model, key),
+                        f'parallel.expert_backend = "megablocks" needs a multiple of {MEGABLOCKS_BLOCK}',
+                    )
         return self
 
     def _check_stage_depth(self, key: str, mean_loops: int) -> None:

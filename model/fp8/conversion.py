@@ -47,13 +47,13 @@ class Fp8Conversion(NamedTuple):
     """What is multiplied in FP8 now, by the modules' names."""
 
     linears: tuple[str, ...]
-    experts: bool
+    experts: Fp8GroupedProduct | None  # what multiplies the routed experts, if FP8 does
     unaligned: tuple[str, ...]  # left alone for their size
 
     def __str__(self) -> str:
         """For the log."""
         parts = [f"{len(self.linears)} linear layers"]
-        parts += ["the routed experts"] if self.experts else []
+        parts += [] if self.experts is None else ["the routed experts"]
         line = f"FP8 multiplies in {' and '.join(parts)}"
         if self.unaligned:
             line += f"; not a multiple of {ALIGNMENT} in size, so not in {', '.join(self.unaligned)}"
@@ -71,12 +71,13 @@ def convert(model: nn.Module, config: IceConfig, kernels: Kernels, exclude: Coll
         linear.__class__ = Fp8Linear
         linear.multiply = multiply  # type: ignore[assignment]
         linears.append(name)
-    experts = config.n_experts > 0 and not {"experts", "core"} & set(exclude)
-    if experts and (config.dim % ALIGNMENT or config.expert_dim % ALIGNMENT):
-        unaligned.append("the routed experts")
-        experts = False
-    if experts:
-        set_expert_product(model, Fp8GroupedProduct(kernels))
+    experts = None
+    if config.n_experts and not {"experts", "core"} & set(exclude):
+        if config.dim % ALIGNMENT or config.expert_dim % ALIGNMENT:
+            unaligned.append("the routed experts")
+        else:
+            experts = Fp8GroupedProduct(kernels)
+            set_expert_product(model, experts)
     return Fp8Conversion(tuple(linears), experts, tuple(unaligned))
 
 

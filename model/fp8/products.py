@@ -35,8 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.fp8.scaling import BLOCK_OF_128, ROW, ROW_OF_128, WHOLE, Tile, rounded
-from model.gradient_sum import GradientSum, gradient_sum_of
-from model.grouped_product import weight_gradient
+from model.grouped_product import GroupedMM
 
 
 class Recipe(NamedTuple):
@@ -111,19 +110,20 @@ class DenseProduct:
         return y
 
 
-class Fp8GroupedProduct:
-    """A :class:`model.grouped_product.GroupedProduct` in FP8."""
+class Fp8GroupedProduct(GroupedMM):
+    """A :class:`model.grouped_product.GroupedProduct` in FP8; weight gradients are the base class's."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self.row_alignment = kernels.row_alignment
 
-    def __call__(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-        """See :class:`model.grouped_product.GroupedProduct`."""
-        gradient_sum = gradient_sum_of(weight_EOI)
-        token = None if gradient_sum is None else gradient_sum.token
-        product: Tensor = _Grouped.apply(rows_RI, weight_EOI, offsets_E, self.kernels, gradient_sum, token)
-        return product
+    def multiply(self, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """See :class:`model.grouped_product.Kernel`."""
+        return self.kernels.grouped_product(rows_RI, weight_EOI, offsets_E)
+
+    def rows_gradient(self, grad_RO: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        """See :class:`model.grouped_product.Kernel`."""
+        return self.kernels.grouped_input_gradient(grad_RO, weight_EOI, offsets_E)
 
 
 class _Dense(torch.autograd.Function):
@@ -141,31 +141,3 @@ class _Dense(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = ctx.kernels.input_gradient(gradient_RO, weight_OI).view_as(x) if needs_x else None
         return dx, gradient_RO.t() @ x.flatten(0, -2) if needs_weight else None, None
-
-
-class _Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RI: Tensor,
-        weight_EOI: Tensor,
-        offsets_E: Tensor,
-        kernels: Kernels,
-        gradient_sum: GradientSum | None,
-        token: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(rows_RI, weight_EOI, offsets_E)
-        ctx.kernels, ctx.gradient_sum = kernels, gradient_sum
-        return kernels.grouped_product(rows_RI, weight_EOI, offsets_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
-        gradient_RO = gradients[0].contiguous()
-        needs_rows, needs_weight, *_ = ctx.needs_input_grad
-        rows = ctx.kernels.grouped_input_gradient(gradient_RO, weight_EOI, offsets_E) if needs_rows else None
-        weight = (
-            weight_gradient(gradient_RO, rows_RI, weight_EOI, offsets_E, ctx.gradient_sum) if needs_weight else None
-        )
-        return rows, weight, None, None, None, None
