@@ -54,7 +54,7 @@ def test_a_recipe_trains_sharded_spread_and_recomputed_as_in_one_process(two_ran
         "FP8 multiplies in 16 linear layers and the routed experts"
     ]
     assert recomputed.losses == stored.losses
-    assert recomputed.norms == stored.norms
+    assert recomputed.norms == pytest.approx(stored.norms, rel=1e-14)  # zero.Init orders the sum of squares otherwise
     for name, gradient in stored.gradients[1].items():
         assert torch.equal(recomputed.gradients[1][name], gradient), name
 
