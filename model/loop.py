@@ -185,6 +185,7 @@ class LoopedCore(nn.Module):
         else:
             kinds = remat.KINDS[self.remat]
             new_BSD, carries = remat.checkpointed(self._step, *arguments, kinds=kinds, load=self.expert_load, host=host)
+            carries = remat.compact(carries)
         last: torch.Tensor | bool = loop == plan.n_loops - 1
         if plan.sequence_loops_B is not None:
             running_BS1 = (plan.sequence_loops_B > loop).view(-1, 1, 1)

@@ -29,24 +29,27 @@ from model.loop import LoopedCore
 from model.msrd import MultiScaleCore
 from model.norm import RMSNorm
 from model.speculation import DepthHeads
+from model.token_loss import chunked_token_losses, token_losses
 
 
 class DepthProbe(NamedTuple):
     """One loop more or not: what the depth heads said at a loop, and what the model said there and one later."""
 
     benefit_logits_HBS: torch.Tensor  # H = 2 heads: the predictor (from e) and the verifier (from the state)
-    logits_NBSV: torch.Tensor  # after ``probe_loop`` and after the next, no gradient
+    losses_NBS: torch.Tensor  # each token's loss after ``probe_loop`` and after the next, fp32, no gradient
 
 
 class LoopedOutput(NamedTuple):
     """What a training step reads. A NamedTuple of tensors, which DeepSpeed's hooks rebuild field by field."""
 
-    logits: torch.Tensor  # (B, S, V)
+    logits: torch.Tensor | None  # (B, S, V); None where losses were made of a few tokens' logits at a time
     ponder_cost: torch.Tensor  # scalar fp32: mean loop a token halts at, 0 without ACT
     loop_residual: torch.Tensor  # scalar fp32, no gradient: mean over tokens of ||h_T - h_(T-1)|| / ||h_T||
     expert_share: torch.Tensor  # scalar fp32, no gradient: expert outputs computed rather than reused (AEC), 1 without
     states_NBSD: torch.Tensor | None = None  # fused states after each of ``read_loops``, then the final one
-    read_logits_NBSV: torch.Tensor | None = None  # logits of the states after ``read_loops``
+    read_logits_NBSV: torch.Tensor | None = None  # logits of the states after ``read_loops``; None as ``logits``
+    losses_BS: torch.Tensor | None = None  # each token's loss, nats, fp32, with ``targets``
+    read_losses_NBS: torch.Tensor | None = None  # those of the states after ``read_loops``, with ``targets``
     probe: DepthProbe | None = None  # what the depth heads learn from, with ``probe_loop``
 
 
@@ -80,9 +83,20 @@ class Head(nn.Module):
         else:
             self.weight = tied_weight
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) to (B, S, V)."""
+    def forward(
+        self, x_BSD: torch.Tensor, targets_BS: torch.Tensor | None = None, chunk: int | None = None
+    ) -> torch.Tensor:
+        """(B, S, D) to logits (B, S, V); or, with targets and a chunk of tokens, to losses (B, S)."""
+        if targets_BS is not None and chunk is not None:
+            return chunked_token_losses(x_BSD, self.weight, targets_BS, chunk)
         return F.linear(x_BSD, self.weight)
+
+
+class Reading(NamedTuple):
+    """What the model says of one state: logits unless losses were made without ever holding them, and losses."""
+
+    logits_BSV: torch.Tensor | None
+    losses_BS: torch.Tensor | None
 
 
 class IceModel(nn.Module):
@@ -92,6 +106,7 @@ class IceModel(nn.Module):
         super().__init__()
         self.config = config
         self.remat_once: remat.RematOnce = "none"
+        self.loss_chunk: int | None = None
         self.embed = Embedding(config)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps)
@@ -116,12 +131,19 @@ class IceModel(nn.Module):
         self.remat_once = remat.once_policy(policy, once)
         self.core.set_remat(policy, offload)
 
+    def set_loss_chunk(self, tokens: int | None) -> None:
+        """How many tokens' logits exist at a time when ``targets`` are given; None: all. ``model/token_loss.py``."""
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"loss chunk = {tokens}: must be at least 1 token")
+        self.loss_chunk = tokens
+
     @overload
     def forward(
         self,
         input_ids: torch.Tensor,
         n_loops: int | None = ...,
         *,
+        targets: torch.Tensor | None = ...,
         grad_loops: int | None = ...,
         sequence_loops: torch.Tensor | None = ...,
         cache: Cache | None = ...,
@@ -141,6 +163,7 @@ class IceModel(nn.Module):
         input_ids: torch.Tensor,
         n_loops: int | None = ...,
         *,
+        targets: torch.Tensor | None = ...,
         grad_loops: int | None = ...,
         sequence_loops: torch.Tensor | None = ...,
         cache: Cache | None = ...,
@@ -159,6 +182,7 @@ class IceModel(nn.Module):
         input_ids: torch.Tensor,
         n_loops: int | None = None,
         *,
+        targets: torch.Tensor | None = None,
         grad_loops: int | None = None,
         sequence_loops: torch.Tensor | None = None,
         cache: Cache | None = None,
@@ -176,6 +200,8 @@ class IceModel(nn.Module):
         Args:
             input_ids: (B, S) int64; with a cache, only the tokens it does not hold yet.
             n_loops: Depth T of this call; None: ``config.max_loop_iters``. May exceed it.
+            targets: (B, S) int64, the id after each token: the output then holds each token's loss, and logits only
+                where :meth:`set_loss_chunk` lets them exist whole. With ``return_output``.
             grad_loops: Backpropagate through the last ``grad_loops`` loops only; None: all.
             sequence_loops: (B,) int64, each sequence's own depth, at most ``n_loops``.
             cache: Filled and advanced by S tokens; for decoding, so only without gradients.
@@ -187,18 +213,24 @@ class IceModel(nn.Module):
                 ``initial_state="random"``), such as the sample's number: it then has the same state on any ranks.
                 None: torch's generator.
             read_loops: Depths, each at most ``n_loops``, whose states and logits the output holds too.
-            probe_loop: Depth below ``n_loops`` at which the depth heads are compared with the loss; needs ``slu``.
+            probe_loop: Depth below ``n_loops`` at which the depth heads are compared with the loss; needs ``slu`` and
+                ``targets``.
             controller: Ends tokens before ``n_loops`` while decoding.
             only_last: Logits of the last token only, (B, 1, V): all that a prompt's reader wants.
             return_output: Return everything that was measured.
 
         Raises:
             ValueError: On a depth out of range, more than ``config.max_seq_len`` tokens, a cache or controller with
-                gradients enabled, or ``document_ids`` of another shape or with a cache.
+                gradients enabled, ``document_ids`` of another shape or with a cache, ``probe_loop`` without
+                ``targets``, or ``targets`` without ``return_output`` or with ``only_last``.
         """
         n_loops = self.config.max_loop_iters if n_loops is None else n_loops
         length, start = input_ids.shape[1], 0 if cache is None else cache.length
         self._check_depths(n_loops, grad_loops, read_loops, probe_loop)
+        if targets is None and probe_loop is not None:
+            raise ValueError(f"probe_loop = {probe_loop}: compares losses; give targets")
+        if targets is not None and (only_last or not return_output):
+            raise ValueError("targets: losses of all tokens are in the output; use return_output=True, not only_last")
         for name, value in (("cache", cache), ("controller", controller)):
             if value is not None and torch.is_grad_enabled():
                 raise ValueError(f"{name}: decoding keeps no graph; call the model under torch.no_grad()")
@@ -217,20 +249,25 @@ class IceModel(nn.Module):
         e_BSD = self.prelude_norm(x_BSD)
         # Tensors positionally: ZeRO-3's backward hooks see positional inputs only.
         core = self.core(e_BSD, context, plan)
-        logits_BSV = self._read_out(core.h_BSD, context, only_last)
+        read = self._read_out(core.h_BSD, context, targets, only_last)
         if cache is not None:
             cache.length += length
         if not return_output:
-            return logits_BSV
-        output = LoopedOutput(logits_BSV, core.ponder_cost, core.loop_residual, core.expert_share)
+            assert read.logits_BSV is not None
+            return read.logits_BSV
+        output = LoopedOutput(
+            read.logits_BSV, core.ponder_cost, core.loop_residual, core.expert_share, losses_BS=read.losses_BS
+        )
         if read_loops:
             states_NBSD = core.states_NBSD[: len(read_loops)]
+            reads = [self._read_out(h_BSD, context, targets) for h_BSD in states_NBSD]
             output = output._replace(
                 states_NBSD=torch.cat((states_NBSD, core.h_BSD.unsqueeze(0))),
-                read_logits_NBSV=torch.stack([self._read_out(h_BSD, context) for h_BSD in states_NBSD]),
+                read_logits_NBSV=_stacked([one.logits_BSV for one in reads]),
+                read_losses_NBS=_stacked([one.losses_BS for one in reads]),
             )
         if probe_loop is not None:
-            output = output._replace(probe=self._probe(e_BSD, core.states_NBSD[-2:], probe_loop, context))
+            output = output._replace(probe=self._probe(e_BSD, core.states_NBSD[-2:], probe_loop, context, targets))
         return output
 
     def _check_depths(
@@ -248,21 +285,37 @@ class IceModel(nn.Module):
             if not 1 <= probe_loop < n_loops:
                 raise ValueError(f"probe_loop = {probe_loop}: must be between 1 and n_loops - 1 = {n_loops - 1}")
 
-    def _read_out(self, h_BSD: torch.Tensor, context: SequenceContext, only_last: bool = False) -> torch.Tensor:
-        """Logits of a state; the coda reads every token, whose keys the cache wants."""
+    def _read_out(
+        self,
+        h_BSD: torch.Tensor,
+        context: SequenceContext,
+        targets_BS: torch.Tensor | None = None,
+        only_last: bool = False,
+    ) -> Reading:
+        """What a state says; the coda reads every token, whose keys the cache wants."""
         x_BSD = self._run_once("coda", self.coda, h_BSD, context)
-        logits_BSV: torch.Tensor = self.head(self.norm(x_BSD[:, -1:] if only_last else x_BSD))
-        return logits_BSV
+        x_BSD = self.norm(x_BSD[:, -1:] if only_last else x_BSD)
+        if targets_BS is not None and self.loss_chunk is not None:
+            return Reading(None, self.head(x_BSD, targets_BS, self.loss_chunk))
+        logits_BSV = self.head(x_BSD)
+        return Reading(logits_BSV, None if targets_BS is None else token_losses(logits_BSV, targets_BS))
 
     def _probe(
-        self, e_BSD: torch.Tensor, states_NBSD: torch.Tensor, probe_loop: int, context: SequenceContext
+        self,
+        e_BSD: torch.Tensor,
+        states_NBSD: torch.Tensor,
+        probe_loop: int,
+        context: SequenceContext,
+        targets_BS: torch.Tensor | None,
     ) -> DepthProbe:
         assert self.depth_heads is not None
         # The heads learn about the model and do not move it.
         benefit_logits_HBS = self.depth_heads(e_BSD.detach(), states_NBSD[0].detach(), probe_loop)
         with torch.no_grad():
-            logits_NBSV = torch.stack([self._read_out(h_BSD, context) for h_BSD in states_NBSD])
-        return DepthProbe(benefit_logits_HBS, logits_NBSV)
+            reads = [self._read_out(h_BSD, context, targets_BS) for h_BSD in states_NBSD]
+        losses_NBS = _stacked([one.losses_BS for one in reads])
+        assert losses_NBS is not None
+        return DepthProbe(benefit_logits_HBS, losses_NBS)
 
     def _run_once(
         self, part: str, blocks: nn.ModuleList, x_BSD: torch.Tensor, context: SequenceContext
@@ -374,6 +427,11 @@ class IceModel(nn.Module):
         sampling = generation.Sampling(temperature, top_k, top_p, seed)
         options = generation.GenerationOptions(max_new_tokens, n_loops, sampling, decoding, stop_token_ids, kv_policy)
         return generation.stream(self, input_ids, options)
+
+
+def _stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None
 
 
 def _check_documents(document_ids: torch.Tensor, input_ids: torch.Tensor, cache: Cache | None) -> None:

@@ -298,6 +298,9 @@ class ParallelSection(Section):
     expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
         "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
     )
+    loss_chunk_tokens: int | None = Field(
+        1024, ge=1, description="tokens of a rank whose logits exist at once; null keeps all, which saves a product"
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"

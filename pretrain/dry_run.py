@@ -19,6 +19,7 @@ from launch.environment import discover_place
 from launch.settings import EXIT_FINISHED, BadInputError
 from model.parameters import PARTS, cache_bytes, count_parameters
 from model.precision import choose_precision
+from model.remat import once_policy
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import deepspeed_config, fp8_choice
 
@@ -53,6 +54,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         "tokens in all": f"{total_tokens:,}",
         "loops": f"{config.loop.distribution}, mean {config.mean_loops}, gradients through "
         f"{config.loop.grad_loops or 'all'}",
+        "kept for the backward": _remat(config),
         "data set": f"{config.data.path}{' (not here)' if config.data.path in missing else ''}",
     }
     precision = choose_precision(config.precision.dtype, _device_type())
@@ -87,6 +89,12 @@ def _ranks_to_plan_for(config: TrainingConfig, source: Path, asked: int | None, 
         check_topology(config, smallest, str(source))
         return smallest, True
     return started, False
+
+
+def _remat(config: TrainingConfig) -> str:
+    loop = config.loop
+    where = ", states in host memory" if loop.remat_offload else ""
+    return f"loops: {loop.remat}{where}; prelude and coda: {once_policy(loop.remat, loop.remat_once)}"
 
 
 def _device_type() -> str:

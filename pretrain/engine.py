@@ -291,6 +291,7 @@ class TrainingEngine:
         with sharded or contextlib.nullcontext():
             model = IceModel(config.model)
         model.set_remat(config.loop.remat, config.loop.remat_once, config.loop.remat_offload)
+        model.set_loss_chunk(config.parallel.loss_chunk_tokens)
         if config.parallel.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [LoopedCore])
         self._engine, *_ = deepspeed.initialize(

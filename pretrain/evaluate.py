@@ -31,11 +31,11 @@ from launch.files import write_json_atomically
 from launch.settings import exit_with_status
 from model import IceModel
 from model.loop_gain import measured_gain
+from model.token_loss import IGNORED_TARGET
 from pretrain.config import TrainingConfig
 from pretrain.data import Batch, HeldOut, held_out_sets, validation_batches
 from pretrain.engine import TrainingEngine
 from pretrain.loaded_run import load_run
-from pretrain.losses import IGNORED_TARGET, token_losses
 from pretrain.plots import plot_depth_sweep
 
 
@@ -75,11 +75,12 @@ class Tally:
         self._domains, self._token_bytes_V = tuple(domains), token_bytes_V
         self._sums = torch.zeros(3, len(domains), dtype=torch.float64)
 
-    def add(self, batch: Batch, logits_BSV: Tensor) -> None:
-        """Count one batch."""
+    def add(self, batch: Batch, losses_BS: Tensor | None) -> None:
+        """Count one batch by its tokens' losses."""
+        assert losses_BS is not None
         targets_BS = batch.targets
         counted_BS = targets_BS != IGNORED_TARGET
-        losses = token_losses(logits_BSV, targets_BS.to(logits_BSV.device)).cpu()[counted_BS].double()
+        losses = losses_BS.cpu()[counted_BS].double()
         bytes_ = self._token_bytes_V[targets_BS[counted_BS]].double()
         domain = torch.zeros_like(targets_BS) if batch.domain_ids is None else batch.domain_ids
         for row, values in enumerate((losses, torch.ones_like(losses), bytes_)):
@@ -154,7 +155,9 @@ class Evaluator:
                         engine.train(True)
                         return None
                     mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
-                    tally.add(batch, engine.forward(batch.input_ids.to(engine.device), n_loops, **mask).logits)
+                    targets_BS = batch.targets.to(engine.device)
+                    output = engine.forward(batch.input_ids.to(engine.device), n_loops, targets=targets_BS, **mask)
+                    tally.add(batch, output.losses_BS)
         engine.train(True)
         summed = engine.sum_over_ranks([value for tally in tallies for value in tally.values()])
         return combine(self._held_out, tallies, summed)
@@ -163,7 +166,7 @@ class Evaluator:
 def tally_plain(
     forward: Callable[[Batch], Tensor], batches: Iterable[Batch], domains: Sequence[str], token_bytes_V: Tensor
 ) -> Tally:
-    """Evaluate ``forward`` (a batch to logits) in this process alone."""
+    """Evaluate ``forward`` (a batch to its tokens' losses) in this process alone."""
     tally = Tally(domains, token_bytes_V)
     with torch.no_grad():
         for batch in batches:
@@ -250,8 +253,11 @@ def evaluate_run(
     for depth in depths or default_depths(config.mean_loops):
 
         def forward(batch: Batch, n_loops: int = depth) -> Tensor:
-            logits: Tensor = model(batch.input_ids, n_loops=n_loops, document_ids=batch.document_ids)
-            return logits
+            output = model(
+                batch.input_ids, n_loops, targets=batch.targets, document_ids=batch.document_ids, return_output=True
+            )
+            losses_BS: Tensor = output.losses_BS
+            return losses_BS
 
         tallies = []
         for entry, of_entry in zip(held_out, batches, strict=True):

@@ -26,9 +26,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from model.looped_lm import DepthProbe, LoopedOutput
+from model.token_loss import IGNORED_TARGET
 from pretrain.config import ContrastiveDepthSection, TrainingConfig
-
-IGNORED_TARGET = -100
 
 
 class Objective(NamedTuple):
@@ -40,7 +39,8 @@ class Objective(NamedTuple):
 
 def training_objective(output: LoopedOutput, targets_BS: Tensor, config: TrainingConfig) -> Objective:
     """The loss of a micro-batch: the language model's, and that of every idea that is on."""
-    loss = language_model_loss(output.logits, targets_BS)
+    assert output.losses_BS is not None
+    loss = mean_loss(output.losses_BS, targets_BS)
     total, terms = loss, {"loss": loss, "loop_residual": output.loop_residual}
     if config.model.act:
         terms["ponder_cost"] = output.ponder_cost
@@ -60,29 +60,21 @@ def training_objective(output: LoopedOutput, targets_BS: Tensor, config: Trainin
     return Objective(total, {name: term.detach() for name, term in terms.items()})
 
 
-def language_model_loss(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a token; targets of ``IGNORED_TARGET`` do not count."""
-    return functional.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED_TARGET)
-
-
-def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Cross-entropy in nats of each position, (B, S) fp32; 0 where the target is ignored."""
-    losses = functional.cross_entropy(
-        logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
-    )
-    return losses.view_as(targets_BS)
+def mean_loss(losses_BS: Tensor, targets_BS: Tensor) -> Tensor:
+    """Mean in nats a token; targets of ``IGNORED_TARGET`` do not count. Without any other the mean is not a number."""
+    return losses_BS.sum() / (targets_BS != IGNORED_TARGET).sum()
 
 
 def contrastive_depth_terms(
     output: LoopedOutput, targets_BS: Tensor, section: ContrastiveDepthSection
 ) -> dict[str, Tensor]:
     """CDL's three terms, unweighted scalars, from an output with one shallow depth read."""
-    assert output.read_logits_NBSV is not None
+    assert output.losses_BS is not None
+    assert output.read_losses_NBS is not None
     assert output.states_NBSD is not None
     counted_BS = (targets_BS != IGNORED_TARGET).float()
     n_counted = counted_BS.sum().clamp_min(1)
-    shallow_BS = token_losses(output.read_logits_NBSV[0], targets_BS)
-    deep_BS = token_losses(output.logits, targets_BS)
+    shallow_BS, deep_BS = output.read_losses_NBS[0], output.losses_BS
     shallow_loss = shallow_BS.sum() / n_counted
     difficulty_BS = (shallow_BS / shallow_loss.clamp_min(1e-6)).detach()
     missed_BS = functional.relu(section.margin + deep_BS - shallow_BS.detach()) * counted_BS
@@ -110,7 +102,7 @@ def state_contrast(shallow_BSD: Tensor, deep_BSD: Tensor, temperature: float, po
 
 def depth_head_loss(probe: DepthProbe, targets_BS: Tensor, margin: float) -> Tensor:
     """Binary cross-entropy of both depth heads against the measured benefit of one more loop."""
-    before_BS, after_BS = (token_losses(logits_BSV, targets_BS) for logits_BSV in probe.logits_NBSV)
+    before_BS, after_BS = probe.losses_NBS
     benefit_BS = (before_BS - after_BS > margin).float()
     counted_BS = (targets_BS != IGNORED_TARGET).float()
     losses_HBS = functional.binary_cross_entropy_with_logits(

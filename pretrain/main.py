@@ -245,7 +245,10 @@ def _opening_line(config: TrainingConfig, engine: TrainingEngine, start: Trainin
     parallel, precision = config.parallel, engine.precision
     topology = f"{engine.place.world_size} ranks, ZeRO-{parallel.zero_stage}, EP={parallel.expert_parallel_size}"
     where = f"resuming after step {start.step}" if resumed else "from the beginning"
-    return f"{config.run.path}: {where}; {topology}; {precision.name} ({precision.reason}); remat {config.loop.remat}"
+    remat = f"remat {config.loop.remat}" + (" in host memory" if config.loop.remat_offload else "")
+    stock = engine.stock_expert_layer
+    experts = f"; the engine's own expert layer: {stock}" if stock else ""
+    return f"{config.run.path}: {where}; {topology}; {precision.name} ({precision.reason}); {remat}{experts}"
 
 
 if __name__ == "__main__":

@@ -157,10 +157,15 @@ class Trainer:
             if config.model.initial_state == "random":
                 keys = torch.tensor(batch.sample_ids) ^ (config.run.seed << 32)
                 reads["noise_keys"] = keys.to(engine.device)
+            targets_BS = batch.targets.to(engine.device)
             output = engine.forward(
-                batch.input_ids.to(engine.device), plan.loops, grad_loops=config.loop.grad_loops, **reads
+                batch.input_ids.to(engine.device),
+                plan.loops,
+                targets=targets_BS,
+                grad_loops=config.loop.grad_loops,
+                **reads,
             )
-            objective = training_objective(output, batch.targets.to(engine.device), config)
+            objective = training_objective(output, targets_BS, config)
             engine.backward(objective.total)
             for name, term in objective.terms.items():
                 sums[name] = sums.get(name, 0) + term.double()

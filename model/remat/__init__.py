@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from model.remat.checkpointing import checkpointed, segments
+from model.remat.checkpointing import checkpointed, compact, segments
 from model.remat.host import HostCopies
 from model.remat.tape import Kind, keep
 
@@ -70,6 +70,7 @@ __all__ = [
     "RematPolicy",
     "check_policy",
     "checkpointed",
+    "compact",
     "keep",
     "once_policy",
     "segments",

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from model.expert_load import ExpertLoad
@@ -64,6 +64,21 @@ def checkpointed(
             unflattened, *leaves, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
     return output
+
+
+def compact(values: Output) -> Output:
+    """``values``, tuples of tensors, with every tensor that is a part of a larger memory in memory of its own.
+
+    A key that is a slice of a fused projection would keep the whole projection alive in each loop that carries it.
+    """
+
+    def own_memory(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.untyped_storage().nbytes() <= leaf.nbytes:
+            return leaf
+        return leaf.clone(memory_format=torch.contiguous_format)
+
+    compacted: Output = tree_map(own_memory, values)
+    return compacted
 
 
 def segments(loops: range, nested: bool) -> list[range]:

@@ -12,8 +12,8 @@ answer is replayed, never the graph: what is kept must carry no gradient by itse
 value inside an ``autograd.Function`` whose backward stands on its own (an all-to-all's).
 
 Each checkpointed call has a tape of its own, held by the graph and freed with it. Replaying may begin again at any time
-(a second backward through a retained graph, a nested checkpoint that is itself recomputed); an early stop leaves the
-rest unread.
+(a second backward through a retained graph); an early stop leaves the rest unread. A checkpoint inside a checkpoint has
+its own tape and writes on the outer one too, by which it is told when the outer one is recomputed.
 
 Integers are kept in 32 bits: tokens, rows and experts on one rank are fewer than 2^31.
 """
@@ -48,21 +48,26 @@ class Tape:
         self._records: list[Any] = []
         self._next = 0
         self._replaying = False
+        self._outer: Tape | None = None
 
-    def start(self, *, replaying: bool) -> None:
-        """From here on, :meth:`keep` records at the end, or reads from the beginning."""
-        self._replaying, self._next = replaying, 0
+    def start(self, *, replaying: bool, outer: Tape | None) -> None:
+        """From here on, :meth:`keep` records at the end, or reads from the beginning.
+
+        Args:
+            replaying: Which of the two.
+            outer: The tape of the checkpoint around this one, which is told and asked too.
+        """
+        self._replaying, self._next, self._outer = replaying, 0, outer
 
     def keep(self, kind: Kind, compute: Callable[[], Value]) -> Value:
         """See :func:`keep`."""
-        if kind not in self.kinds:
-            return compute()
-        if self._replaying:
+        if self._replaying and kind in self.kinds:
             record: Value = tree_map(_read, self._records[self._next])
             self._next += 1
             return record
-        value = compute()
-        self._records.append(tree_map(_written, value))
+        value = compute() if self._outer is None else self._outer.keep(kind, compute)
+        if kind in self.kinds:
+            self._records.append(tree_map(_written, value))
         return value
 
     def tensors(self) -> list[torch.Tensor]:
@@ -107,7 +112,8 @@ class Playing:
         self._tokens: list[Token[Tape | None]] = []
 
     def __enter__(self) -> None:
-        self.tape.start(replaying=self.replaying)
+        # The second run of an inner checkpoint comes when the outer's is over.
+        self.tape.start(replaying=self.replaying, outer=None if self.replaying else _current.get())
         self._tokens.append(_current.set(self.tape))
 
     def __exit__(

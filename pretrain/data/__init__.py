@@ -8,13 +8,12 @@ Shapes: B micro-batch, S sequence length.
 """
 
 from data_pipeline.permutation import KeyedPermutation
-from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch, BatchLoader, Prefetcher, SlowDataError
+from pretrain.data.loader import PADDING_SAMPLE, Batch, BatchLoader, Prefetcher, SlowDataError
 from pretrain.data.sampler import Sampler, check_vocabulary, open_sampler, past_of
 from pretrain.data.sequences import Sample, TokenSequences
 from pretrain.data.validation import HeldOut, held_out_sets, validation_batches
 
 __all__ = [
-    "IGNORED_TARGET",
     "PADDING_SAMPLE",
     "Batch",
     "BatchLoader",

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from launch.settings import BadInputError
+from model.token_loss import IGNORED_TARGET
 from pretrain.data.packing import Row
 
 ASK_SECONDS = 0.2
 """How often a caller that waits for data looks up whether it should go on waiting."""
-IGNORED_TARGET = -100
+
 PADDING_SAMPLE = -1
 
 

@@ -15,8 +15,9 @@ import torch
 
 from data_pipeline.dataset.reader import Dataset, TokenStream, open_dataset
 from launch.settings import BadInputError
+from model.token_loss import IGNORED_TARGET
 from pretrain.config import DataSection
-from pretrain.data.loader import IGNORED_TARGET, PADDING_SAMPLE, Batch
+from pretrain.data.loader import PADDING_SAMPLE, Batch
 from pretrain.data.packing import document_numbers
 from pretrain.data.selection import DocumentStream
 

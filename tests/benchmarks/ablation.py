@@ -34,8 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tasks import IGNORED_TARGET, TEST_STREAM, Addition, Batch, Mano, PHop, Task, draw
+from tasks import TEST_STREAM, Addition, Batch, Mano, PHop, Task, draw
 from torch import Tensor
 
 from model import IceConfig, IceModel
@@ -47,7 +46,7 @@ from model.looped_lm import LoopedOutput
 from model.parameters import count_parameters, training_flops_per_token
 from pretrain.config import ContrastiveDepthSection, LoopSection
 from pretrain.loop_depth import sample_loops, sample_shallow_loop
-from pretrain.losses import contrastive_depth_terms, depth_head_loss
+from pretrain.losses import contrastive_depth_terms, depth_head_loss, mean_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 STORE = ROOT / "docs" / "ablation.jsonl"
@@ -267,7 +266,8 @@ def plan_depths(config: IceConfig, training: Training, tokens: int, seed: int) -
 
 def answer_loss(output: LoopedOutput, targets_BS: Tensor) -> Tensor:
     """Mean cross-entropy of the answers in nats; every other position is free."""
-    return F.cross_entropy(output.logits.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORED_TARGET)
+    assert output.losses_BS is not None
+    return mean_loss(output.losses_BS, targets_BS)
 
 
 def answer_and_ponder_loss(output: LoopedOutput, targets_BS: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ def train(
             group["lr"] = training.lr * lr_factor(step, len(depths), training.warmup_fraction)
         ids, targets, _ = tensors(draw(task, seed, step, training.batch_size))
         reads = depths_to_read(training, depth, seed, step)
-        output = model(ids, depth, grad_loops=training.grad_loops, return_output=True, **reads)
+        output = model(ids, depth, targets=targets, grad_loops=training.grad_loops, return_output=True, **reads)
         expert_shares.append(float(output.expert_share))
         loss = objective(output, targets)
         optimizer.zero_grad(set_to_none=True)

@@ -82,14 +82,14 @@ def measure(rank: int, port: int, dim: int, repeats: int, folder: Path, answers:
     from pretrain.checkpoint import Checkpointer, Fence, RunIdentity, TrainingState
     from pretrain.config import CheckpointSection, TrainingConfig
     from pretrain.engine import TrainingEngine
-    from pretrain.losses import language_model_loss
+    from pretrain.losses import mean_loss
 
     torch.set_num_threads(1)
     engine = TrainingEngine(parse_settings(TrainingConfig, settings(dim), "benchmark"), discover_place())
     ids = torch.randint(0, 1024, (BATCH, LENGTH), generator=torch.Generator().manual_seed(rank))
 
     def train_step() -> None:
-        engine.backward(language_model_loss(engine.forward(ids, 1).logits, ids))
+        engine.backward(mean_loss(engine.forward(ids, 1, targets=ids).losses_BS, ids))
         engine.step(1e-4)
         engine.take_expert_load()
 

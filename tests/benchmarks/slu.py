@@ -78,8 +78,10 @@ def train(data: torch.Tensor, steps: int) -> IceModel:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 30) * (1 - 0.95 * step / steps)
         ids = windows(data, 12, 129)
         n_loops = random.choice([2, 4, 6, 8, 8, 10])
-        output = model(ids[:, :-1], n_loops, probe_loop=random.randint(1, n_loops - 1), return_output=True)
-        loss = F.cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].flatten())
+        output = model(
+            ids[:, :-1], n_loops, targets=ids[:, 1:], probe_loop=random.randint(1, n_loops - 1), return_output=True
+        )
+        loss = output.losses_BS.mean()
         assert output.probe is not None
         optimizer.zero_grad()
         (loss + depth_head_loss(output.probe, ids[:, 1:], BENEFIT_MARGIN)).backward()

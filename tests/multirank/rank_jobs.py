@@ -20,7 +20,7 @@ from model.expert_parallel import is_local_expert, to_plain_names
 from pretrain.checkpoint.snapshot import HostBuffers
 from pretrain.config import TrainingConfig, check_topology
 from pretrain.engine import TrainingEngine
-from pretrain.losses import language_model_loss, training_objective
+from pretrain.losses import mean_loss, training_objective
 
 
 def start_engine(values: dict[str, Any], routing: str = "ordinary") -> TrainingEngine:
@@ -78,11 +78,13 @@ def train_on(engine: TrainingEngine, steps: list[Step], first_step: int = 0, gra
     for number, step in enumerate(steps, start=first_step):
         losses, logits = [], []
         for inputs, targets in micro_batches(engine, number):
-            output = engine.forward(inputs, step.loops, grad_loops=step.grad_loops, **step.reads(engine.config))
+            options = {"targets": targets, "grad_loops": step.grad_loops, **step.reads(engine.config)}
+            output = engine.forward(inputs, step.loops, **options)
             loss = training_objective(output, targets, engine.config).total
             engine.backward(loss)
             losses.append(loss.item())
-            logits.append(output.logits.detach().float())
+            if output.logits is not None:
+                logits.append(output.logits.detach().float())
         if gradients:
             trace.gradients.append(whole_gradients(engine))
         outcome = engine.step(engine.config.optim.lr)
@@ -93,7 +95,7 @@ def train_on(engine: TrainingEngine, steps: list[Step], first_step: int = 0, gra
         trace.losses.append(total / engine.place.world_size)
         trace.norms.append(outcome.grad_norm)
         trace.loads.append(load)
-        if trace.logits is None:
+        if trace.logits is None and engine.config.parallel.loss_chunk_tokens is None:
             trace.logits = torch.cat([part for parts in engine.gather_objects(logits) for part in parts])
     trace.weights = dict(engine.plain_weights())
     return trace
@@ -155,7 +157,7 @@ def gathers_by_depth(values: dict[str, Any], depths: list[int], leaf: bool) -> d
         train_on(engine, [Step(depth)])
         with counted_gathers() as sizes:
             inputs, targets = next(micro_batches(engine, 1))
-            engine.backward(language_model_loss(engine.forward(inputs, depth).logits, targets))
+            engine.backward(mean_loss(engine.forward(inputs, depth, targets=targets).losses_BS, targets))
         counts[depth] = (len(sizes), sum(sizes))
         end_engine(engine)
     return counts
@@ -166,7 +168,7 @@ def gradients_with(values: dict[str, Any], loops: int, leaf: bool, reentrant: bo
     import deepspeed
     from torch.utils.checkpoint import checkpoint
 
-    import model.remat
+    import model.remat.checkpointing
 
     def reentrant_checkpoint(function: Callable[..., Tensor], *args: Any, **_: Any) -> Tensor:
         result: Tensor = checkpoint(function, *args, use_reentrant=True, preserve_rng_state=False)
@@ -176,7 +178,7 @@ def gradients_with(values: dict[str, Any], loops: int, leaf: bool, reentrant: bo
         if not leaf:
             changes.enter_context(mock.patch.object(deepspeed.utils, "set_z3_leaf_modules"))
         if reentrant:
-            changes.enter_context(mock.patch.object(model.remat, "checkpoint", reentrant_checkpoint))
+            changes.enter_context(mock.patch.object(model.remat.checkpointing, "checkpoint", reentrant_checkpoint))
         engine = start_engine(values)
         trace = train_on(engine, [Step(loops)], gradients=True)
         end_engine(engine)
@@ -344,14 +346,14 @@ def train_with_faults(values: dict[str, Any], numbers: list[int], faults: dict[i
                 handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
                 stack.callback(handle.remove)
             for position, (inputs, targets) in enumerate(micro_batches(engine, number)):
-                output = engine.forward(inputs, 2)
+                output = engine.forward(inputs, 2, targets=targets)
                 loss = training_objective(output, targets, engine.config).total
                 if position == 1 and fault == "loss":
                     loss = loss * torch.nan
                 if position == 1 and fault == "infinite_loss":
                     loss = loss + torch.inf
                 if position == 1 and fault == "gradients":
-                    output.logits.register_hook(lambda gradient: gradient * torch.nan)
+                    output.losses_BS.register_hook(lambda gradient: gradient * torch.nan)
                 engine.backward(loss)
                 losses.append(loss.item())
             outcome = engine.step(engine.config.optim.lr)

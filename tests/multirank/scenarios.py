@@ -41,7 +41,7 @@ BASE: dict[str, Any] = {
     "schedule": {"steps": 10, "warmup_steps": 0},
     "loop": {"remat": "none"},
     "precision": {"dtype": "fp32"},
-    "parallel": {"zero_stage": 3, "expert_parallel_size": 1, "micro_batch_size": 1},
+    "parallel": {"zero_stage": 3, "expert_parallel_size": 1, "micro_batch_size": 1, "loss_chunk_tokens": None},
 }
 
 ROUTINGS = ("ordinary", "experts_without_tokens", "all_tokens_to_one_expert")
@@ -134,7 +134,8 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
         # Contrastive depth learning weighs tokens against their micro-batch; every other loss is a mean over tokens.
         size = config.parallel.micro_batch_size if config.loop.cdl is not None else BATCH
         options = {"grad_loops": step.grad_loops, "return_output": True, **step.reads(config)}
-        outputs = [model(part, step.loops, **options) for part in inputs.split(size)]
+        parts = zip(inputs.split(size), targets.split(size), strict=True)
+        outputs = [model(part, step.loops, targets=wanted, **options) for part, wanted in parts]
         logits = torch.cat([output.logits for output in outputs])
         objectives = [
             training_objective(output, part, config) for output, part in zip(outputs, targets.split(size), strict=True)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.dataset.reader import Dataset
 from launch.settings import BadInputError
+from model.token_loss import IGNORED_TARGET
 from pretrain.data import (
-    IGNORED_TARGET,
     Batch,
     BatchLoader,
     HeldOut,
@@ -159,9 +159,9 @@ def test_validation_with_documents_has_the_same_targets(dataset: Dataset) -> Non
 def test_a_model_under_the_mask_predicts_each_document_as_if_it_were_alone(dataset: Dataset) -> None:
     """The pass-through end to end: packed rows and lone documents give the same losses, token by token."""
     from model import IceConfig, IceModel
+    from model.token_loss import token_losses
     from pretrain.data.packing import BestFit
     from pretrain.data.selection import DocumentStream
-    from pretrain.losses import token_losses
 
     torch.manual_seed(0)
     model = IceModel(IceConfig().scaled_down()).eval()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from model.token_loss import IGNORED_TARGET, token_losses
 from pretrain.data import Batch, HeldOut
 from pretrain.evaluate import Tally, combine, default_depths
-from pretrain.losses import IGNORED_TARGET
 
 
 def batch_with_uniform_logits(vocabulary: int) -> tuple[Batch, torch.Tensor]:
@@ -23,7 +23,7 @@ def test_bits_per_byte_of_a_uniform_model_is_tokens_times_log_vocabulary_over_by
     token_bytes = torch.tensor([0, 3, 5])  # id 0 is an end token and stands for no text
     tally = Tally(["prose", "technical"], token_bytes)
     batch, logits = batch_with_uniform_logits(3)
-    tally.add(batch, logits)
+    tally.add(batch, token_losses(logits, batch.targets))
     result = tally.result()
     assert (result.tokens, result.text_bytes) == (7, 3 + 5 + 5 + 5 + 3)
     assert result.nats_per_token == pytest.approx(math.log(3))
@@ -37,13 +37,14 @@ def test_sums_of_two_ranks_give_the_result_of_one() -> None:
     batch, logits = batch_with_uniform_logits(3)
     alone, first, second = (Tally(["prose", "technical"], token_bytes) for _ in range(3))
     logits = logits + torch.randn(2, 4, 3)
-    alone.add(batch, logits)
+    losses = token_losses(logits, batch.targets)
+    alone.add(batch, losses)
     halves = [
         (Batch(*(t[row : row + 1] for t in (batch.input_ids, batch.targets)), (row,), batch.domain_ids[row : row + 1]))  # type: ignore[index]
         for row in range(2)
     ]
-    first.add(halves[0], logits[:1])
-    second.add(halves[1], logits[1:])
+    first.add(halves[0], losses[:1])
+    second.add(halves[1], losses[1:])
     summed = [a + b for a, b in zip(first.values(), second.values(), strict=True)]
     assert first.result(summed).bits_per_byte == pytest.approx(alone.result().bits_per_byte, rel=1e-12)
 
@@ -52,8 +53,8 @@ def test_sources_are_judged_by_their_domains_and_data_sets_by_their_own() -> Non
     token_bytes = torch.tensor([0, 3, 5])
     batch, logits = batch_with_uniform_logits(3)
     main, other = (Tally(["prose", "technical"], token_bytes) for _ in range(2))
-    main.add(batch, logits)
-    other.add(batch, logits + torch.tensor([0.0, 1.0, 2.0]))
+    main.add(batch, token_losses(logits, batch.targets))
+    other.add(batch, token_losses(logits + torch.tensor([0.0, 1.0, 2.0]), batch.targets))
     dataset: Any = None
     held_out = [
         HeldOut(dataset, 4, {"easy": ("prose",), "dull": ("technical",)}),
@@ -75,7 +76,8 @@ def test_sources_are_judged_by_their_domains_and_data_sets_by_their_own() -> Non
 def test_one_data_set_has_no_sources_to_tell_apart() -> None:
     dataset: Any = None
     tally = Tally(["prose", "technical"], torch.tensor([0, 3, 5]))
-    tally.add(*batch_with_uniform_logits(3))
+    batch, logits = batch_with_uniform_logits(3)
+    tally.add(batch, token_losses(logits, batch.targets))
     assert combine([HeldOut(dataset, 4, {"data": None})], [tally]).by_source == {}
     assert list(combine([HeldOut(dataset, 4, {"data": ("prose",)})], [tally]).by_source) == ["data"]
 

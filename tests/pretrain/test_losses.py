@@ -9,14 +9,13 @@ import torch
 from pydantic import ValidationError
 
 from model.looped_lm import DepthProbe, LoopedOutput
+from model.token_loss import IGNORED_TARGET, token_losses
 from pretrain.config import ContrastiveDepthSection, TrainingConfig
 from pretrain.losses import (
-    IGNORED_TARGET,
     contrastive_depth_terms,
     depth_head_loss,
-    language_model_loss,
+    mean_loss,
     state_contrast,
-    token_losses,
     training_objective,
 )
 
@@ -35,12 +34,14 @@ def test_losses_match_the_formula_and_ignored_targets_do_not_count() -> None:
     targets[0, 2] = targets[2] = IGNORED_TARGET
     expected = reference(logits, targets)
     torch.testing.assert_close(token_losses(logits, targets).double(), expected, rtol=1e-6, atol=1e-6)
-    assert language_model_loss(logits, targets).item() == pytest.approx((expected.sum() / 9).item(), rel=1e-6)
+    assert mean_loss(token_losses(logits, targets), targets).item() == pytest.approx(
+        (expected.sum() / 9).item(), rel=1e-6
+    )
 
 
 def test_losses_of_bf16_logits_are_summed_in_fp32() -> None:
     logits = torch.full((1, 1, 4096), 0.5, dtype=torch.bfloat16)
-    loss = language_model_loss(logits, torch.zeros(1, 1, dtype=torch.int64))
+    loss = token_losses(logits, torch.zeros(1, 1, dtype=torch.int64))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(8.317766, rel=1e-5)  # ln 4096
 
@@ -48,16 +49,21 @@ def test_losses_of_bf16_logits_are_summed_in_fp32() -> None:
 def contrast_output(batch: int = 2, length: int = 5) -> tuple[LoopedOutput, torch.Tensor]:
     torch.manual_seed(1)
     scalar = torch.zeros(())
+    logits = torch.randn(batch, length, 11, requires_grad=True)
+    states = torch.randn(2, batch, length, 6, requires_grad=True)
+    read_logits = torch.randn(1, batch, length, 11, requires_grad=True)
+    targets = torch.randint(0, 11, (batch, length))
+    targets[0, 1] = IGNORED_TARGET
     output = LoopedOutput(
-        logits=torch.randn(batch, length, 11, requires_grad=True),
+        logits=logits,
         ponder_cost=scalar,
         loop_residual=scalar,
         expert_share=scalar,
-        states_NBSD=torch.randn(2, batch, length, 6, requires_grad=True),
-        read_logits_NBSV=torch.randn(1, batch, length, 11, requires_grad=True),
+        states_NBSD=states,
+        read_logits_NBSV=read_logits,
+        losses_BS=token_losses(logits, targets),
+        read_losses_NBS=token_losses(read_logits[0], targets).unsqueeze(0),
     )
-    targets = torch.randint(0, 11, (batch, length))
-    targets[0, 1] = IGNORED_TARGET
     return output, targets
 
 
@@ -67,6 +73,7 @@ def test_contrastive_depth_terms_are_the_formulas() -> None:
     terms = contrastive_depth_terms(output, targets, section)
     assert output.read_logits_NBSV is not None
     assert output.states_NBSD is not None
+    assert output.logits is not None
     shallow, deep = reference(output.read_logits_NBSV[0], targets), reference(output.logits, targets)
     counted = targets != IGNORED_TARGET
     mean_shallow = shallow[counted].mean()
@@ -90,6 +97,7 @@ def test_contrastive_depth_terms_are_the_formulas() -> None:
 def test_margin_is_lowered_by_a_better_deep_state_only() -> None:
     output, targets = contrast_output()
     contrastive_depth_terms(output, targets, ContrastiveDepthSection(margin=10.0))["depth_margin"].backward()
+    assert output.logits is not None
     assert output.logits.grad is not None
     assert (output.logits.grad != 0).any()
     assert output.read_logits_NBSV is not None
@@ -119,7 +127,8 @@ def test_depth_heads_learn_the_measured_benefit() -> None:
             for s in range(4):
                 p = 1 / (1 + math.exp(-float(heads[head, b, s])))
                 total -= math.log(p if before[b, s] - after[b, s] > 0.1 else 1 - p) / (2 * 8)
-    loss = depth_head_loss(DepthProbe(heads, logits), targets, 0.1)
+    losses = torch.stack([token_losses(one, targets) for one in logits])
+    loss = depth_head_loss(DepthProbe(heads, losses), targets, 0.1)
     assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
@@ -128,7 +137,7 @@ def test_objective_adds_the_weighted_terms_that_are_on() -> None:
     output = output._replace(ponder_cost=torch.tensor(3.0))
     base = {"data": {"path": "x", "sequence_length": 4}, "model": {"max_seq_len": 64}}
     plain = training_objective(output, targets, TrainingConfig.model_validate(base))
-    assert plain.total.item() == plain.terms["loss"].item() == language_model_loss(output.logits, targets).item()
+    assert plain.total.item() == plain.terms["loss"].item() == mean_loss(output.losses_BS, targets).item()
     assert plain.terms.keys() == {"loss", "loop_residual"}
     weights = {"shallow_weight": 0.5, "margin_weight": 0.25, "contrastive_weight": 0.125}
     ideas = {"model": {"max_seq_len": 64, "act": True}, "loop": {"ponder_weight": 2.0, "cdl": weights}}
