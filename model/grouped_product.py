@@ -7,6 +7,7 @@ The rows of all experts lie one expert after the other, so that the whole layer 
 
     grouped_mm   ``torch._grouped_mm``: a grouped kernel on GPUs, a loop in C++ on CPUs
     loop         one ordinary product an expert, in Python: what the others are measured against
+    megablocks   block-sparse kernels, optional: ``model/megablocks.py``
 
 Rows past the last offset exist where group sizes are padded: what is written there is unspecified, and nothing flows
 back.
@@ -90,13 +91,26 @@ class _Product(torch.autograd.Function):
         grad_rows = ctx.kernel.rows_gradient(grad_RO, weight_EOI, offsets_E) if ctx.needs_input_grad[1] else None
         grad_weight = None
         if ctx.needs_input_grad[2]:
-            add = partial(ctx.kernel.add_weight_gradient, grad_RO, rows_RI, offsets_E)
-            if ctx.gradient_sum is not None:
-                ctx.gradient_sum.add(add, like=grad_RO)
-            else:
-                grad_weight = grad_RO.new_empty(weight_EOI.shape)
-                add(grad_weight, True)
+            grad_weight = weight_gradient(grad_RO, rows_RI, weight_EOI, offsets_E, ctx.gradient_sum, ctx.kernel)
         return None, grad_rows, grad_weight, None, None, None
+
+
+def weight_gradient(
+    grad_RO: Tensor,
+    rows_RI: Tensor,
+    weight_EOI: Tensor,
+    offsets_E: Tensor,
+    gradient_sum: GradientSum | None,
+    kernel: Kernel | None = None,
+) -> Tensor | None:
+    """The gradient of ``weight``, (E, O, I), by ``kernel`` (:class:`GroupedMM`); None: ``gradient_sum`` took it in."""
+    add = partial((kernel or grouped_mm).add_weight_gradient, grad_RO, rows_RI, offsets_E)
+    if gradient_sum is not None:
+        gradient_sum.add(add, like=grad_RO)
+        return None
+    gradient_EOI = grad_RO.new_empty(weight_EOI.shape)
+    add(gradient_EOI, True)
+    return gradient_EOI
 
 
 class GroupedMM:

@@ -114,10 +114,6 @@ class LoopedCore(nn.Module):
 
     def forward(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         """Run ``plan.n_loops`` loops from the encoded input ``e``, the normalised output of the prelude."""
-        with summed_gradients(expert_weights(self.blocks)):
-            return self._run(e_BSD, context, plan)
-
-    def _run(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         decay, drive = self.injection()
         inputs = LoopInputs(e_BSD, decay.to(e_BSD.dtype), drive.to(e_BSD.dtype) * e_BSD, context)
         h_BSD = self._initial_state(e_BSD, plan.noise_keys_B)
@@ -125,10 +121,9 @@ class LoopedCore(nn.Module):
         unmoved_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
         state = LoopState(h_BSD, tuple(BlockCarry() for _ in self.blocks), halting, unmoved_BS)
 
-        if plan.controller is None:
-            state, states = self._all_loops(state, inputs, plan)
-        else:
-            state, states = self._controlled_loops(state, inputs, plan)
+        run = self._all_loops if plan.controller is None else self._controlled_loops
+        with summed_gradients(expert_weights(self.blocks)):
+            state, states = run(state, inputs, plan)
 
         residual = state.change_BS.mean()
         ponder_cost = torch.zeros_like(residual) if state.halting is None else state.halting.depth_BS.mean()

@@ -171,8 +171,10 @@ class _Collect(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (row_of_choice_NK,) = ctx.saved_tensors
         grad = grads[0]
-        zeros = grad.new_zeros(ctx.n_rows, grad.shape[-1])
-        return zeros.index_copy_(0, row_of_choice_NK.reshape(-1), grad.flatten(0, 1)), None
+        unread = ctx.n_rows > row_of_choice_NK.numel()  # rows that padding put there
+        new = grad.new_zeros if unread else grad.new_empty
+        grad_RD = new(ctx.n_rows, grad.shape[-1])
+        return grad_RD.index_copy_(0, row_of_choice_NK.reshape(-1), grad.flatten(0, 1)), None
 
 
 def dispatch(x_ND: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:

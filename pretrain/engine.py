@@ -307,7 +307,6 @@ class TrainingEngine:
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
         adopt_replaced_layers(self.model, self.model.core.expert_load)
-        adopt_lean_zero(self._engine.optimizer)
         self.fp8: list[str] = []  # how FP8 is used, for the log
         if fp8 is not None:
             converted = convert(self.model, config.model, fp8.kernels, config.precision.fp8_exclude)
@@ -323,6 +322,7 @@ class TrainingEngine:
             )
         if fp8_dispatch:
             self.fp8.append("rows travel to their experts in 8 bits, and back in " + self.precision.name)
+        adopt_lean_zero(self._engine.optimizer)
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 

@@ -132,7 +132,7 @@ def engine_step(config: IceConfig) -> tuple[Step, Step]:
     from launch.settings import parse_settings
     from pretrain.config import TrainingConfig
     from pretrain.engine import TrainingEngine
-    from pretrain.losses import language_model_loss
+    from pretrain.losses import mean_loss
 
     values = {
         "model": config.model_dump(),
@@ -140,13 +140,14 @@ def engine_step(config: IceConfig) -> tuple[Step, Step]:
         "schedule": {"steps": 10, "warmup_steps": 0},
         "loop": {"remat": "none"},
         "precision": {"dtype": "fp32"},
-        "parallel": {"zero_stage": 3, "micro_batch_size": BATCH},
+        "parallel": {"zero_stage": 3, "micro_batch_size": BATCH, "loss_chunk_tokens": None},
     }
     engine = TrainingEngine(parse_settings(TrainingConfig, values, "benchmark"), discover_place())
     inputs, targets = tokens(config)
 
     def step() -> None:
-        engine.backward(language_model_loss(engine.forward(inputs, config.max_loop_iters).logits, targets))
+        losses_BS = engine.forward(inputs, config.max_loop_iters, targets=targets).losses_BS
+        engine.backward(mean_loss(losses_BS, targets))
         engine.step(1e-4)
 
     return step, engine._engine.destroy
