@@ -45,11 +45,12 @@ from model.expert_parallel import update_selection_biases  # noqa: E402
 from model.fp8 import RECIPES, Emulated, RecipeName, choose_kernels, convert  # noqa: E402
 from model.fp8.scaling import rounded  # noqa: E402
 from model.init import decays  # noqa: E402
+from model.token_loss import token_losses  # noqa: E402
 from pretrain.config import TrainingConfig  # noqa: E402
 from pretrain.data import BatchLoader, held_out_sets, open_sampler  # noqa: E402
 from pretrain.data.validation import validation_batches  # noqa: E402
 from pretrain.loop_depth import sample_loops  # noqa: E402
-from pretrain.losses import language_model_loss, token_losses  # noqa: E402
+from pretrain.losses import mean_loss  # noqa: E402
 from pretrain.schedule import lr_scale  # noqa: E402
 
 BASELINE = "bf16"
@@ -110,7 +111,7 @@ def train(seed: int, recipe: str, steps: int, batch_size: int, data: Path) -> Ru
             group["lr"] = optim.lr * lr_scale(config.schedule, step)
         (batch,) = loader.step_batches((step - 1) * batch_size)
         loops = sample_loops(config.loop, config.mean_loops, seed, step)
-        loss = language_model_loss(model(batch.input_ids, loops), batch.targets)
+        loss = mean_loss(token_losses(model(batch.input_ids, loops), batch.targets), batch.targets)
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
@@ -293,7 +294,7 @@ def price_table(data: Path, batch_size: int, rounds: int = 5) -> str:
     for _ in range(rounds + 1):
         for recipe, model in models.items():
             started = time.process_time()
-            language_model_loss(model(ids[:, :-1], config.mean_loops), ids[:, 1:]).backward()
+            token_losses(model(ids[:, :-1], config.mean_loops), ids[:, 1:]).mean().backward()
             seconds[recipe].append(time.process_time() - started)
     lines = ["| recipe | CPU seconds a step | relative |", "| --- | --- | --- |"]
     base = float(np.median(seconds[BASELINE][1:]))
