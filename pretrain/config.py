@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
+from model.fp8 import Fp8Part, RecipeName
 from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
 from model.variants import VARIANTS
@@ -274,13 +275,18 @@ class LoopSection(Section):
 
 
 class PrecisionSection(Section):
-    """The dtype of weights and activations in forward and backward; the optimizer's master weights are fp32."""
+    """The dtype of weights and activations in forward and backward; the optimizer's master weights are fp32.
+
+    A recipe of FP8 (``model/fp8``) multiplies in eight bits and stores nothing differently: it may change on a resume.
+    """
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto is bf16 where the hardware is fast in it, fp32 elsewhere"
     )
     initial_loss_scale_power: int = Field(16, ge=0, le=32, description="fp16: first loss scale is 2 to this power")
     loss_scale_window: int = Field(1000, ge=1, description="fp16: steps without overflow before the scale doubles")
+    recipe: RecipeName = Field("bf16", description="what matrix products are made in; bf16 is dtype, no FP8")
+    fp8_exclude: tuple[Fp8Part, ...] = Field((), description="parts whose products stay in dtype under an FP8 recipe")
 
 
 class ParallelSection(Section):
@@ -296,12 +302,17 @@ class ParallelSection(Section):
         1024, ge=1, description="tokens of a rank whose logits exist at once; null keeps all, which saves a product"
     )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
+    fp8_dispatch: bool = Field(
+        False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
+    )
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
 
     @model_validator(mode="after")
     def _stage_allows(self) -> ParallelSection:
+        if self.fp8_dispatch and self.expert_parallel_size == 1:
+            raise SettingError("fp8_dispatch", True, "expert_parallel_size = 1 sends no rows to other ranks")
         if self.zero_init and self.zero_stage != 3:
             raise SettingError("zero_init", True, f"needs zero_stage = 3, not {self.zero_stage}")
         if self.offload_parameters != "none" and self.zero_stage != 3:
@@ -478,6 +489,18 @@ class TrainingConfig(Section):
                 "parallel.expert_parallel_size",
                 size,
                 f"must divide model.n_experts = {experts}; accepted: {', '.join(map(str, divisors))}",
+            )
+        backend, precision = self.parallel.expert_backend, self.precision
+        if (
+            precision.recipe != "bf16"
+            and backend != "grouped_mm"
+            and not {"experts", "core"} & set(precision.fp8_exclude)
+        ):
+            raise SettingError(
+                "parallel.expert_backend",
+                backend,
+                f'precision.recipe = {precision.recipe} multiplies the experts itself; add "experts" to '
+                "precision.fp8_exclude, or use grouped_mm",
             )
         if experts and self.parallel.expert_backend == "megablocks":
             for key in ("dim", "expert_dim"):

@@ -26,7 +26,7 @@ from model.parameters import cache_bytes
 from model.precision import PrecisionChoice, choose_precision
 from model.remat import once_policy
 from pretrain.config import TrainingConfig, check_topology
-from pretrain.engine import deepspeed_config
+from pretrain.engine import deepspeed_config, fp8_choice
 
 if TYPE_CHECKING:
     from pretrain.data import Sampler
@@ -63,6 +63,9 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     }
     precision = choose_precision(config.precision.dtype, _device_type())
     facts["precision here"] = f"{precision.name} ({precision.reason})"
+    fp8 = fp8_choice(config, _device_type(), precision)
+    if fp8 is not None:
+        facts["FP8 here"] = fp8.reason
     for name, value in facts.items():
         console.print(f"{name:28} {value}", highlight=False)
     console.print(_source_table(config, sampler, total_samples))

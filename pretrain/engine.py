@@ -46,6 +46,7 @@ from model.expert_parallel import (
     to_plain_names,
     update_selection_biases,
 )
+from model.fp8 import Fp8Choice, choose_kernels, convert
 from model.init import decays
 from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
@@ -164,6 +165,14 @@ def _expert_parallel_section(config: TrainingConfig) -> dict[str, Any]:
     return {"expert_parallel": section}
 
 
+def fp8_choice(config: TrainingConfig, device_type: str, precision: PrecisionChoice) -> Fp8Choice | None:
+    """What multiplies under ``precision.recipe``; ``BadInputError`` when it needs a package that is not installed."""
+    try:
+        return choose_kernels(config.precision.recipe, device_type, precision.dtype)
+    except ImportError as error:
+        raise BadInputError(f"precision.recipe = {config.precision.recipe}: {error}") from None
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimizer groups: matrices, which are decayed, and the rest, which are not.
 
@@ -270,6 +279,7 @@ class TrainingEngine:
         self.precision = choose_precision(config.precision.dtype, accelerator.device_name())
         if self.precision.name == "fp16" and not accelerator.is_fp16_supported():
             raise BadInputError(f'precision.dtype = "fp16": this {accelerator.device_name()} has none; use "auto"')
+        fp8 = fp8_choice(config, accelerator.device_name(), self.precision)
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
         _unlink_shared_memory(place)
         settings = deepspeed_config(config, place.world_size, self.precision)
@@ -297,8 +307,21 @@ class TrainingEngine:
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
         adopt_replaced_layers(self.model, self.model.core.expert_load)
+        self.fp8: list[str] = []  # how FP8 is used, for the log
+        if fp8 is not None:
+            converted = convert(self.model, config.model, fp8.kernels, config.precision.fp8_exclude)
+            product = converted.experts or product
+            self.fp8.append(f"{fp8.reason}; {converted}")
         adopt_engine_experts(self.model, product)
-        self.stock_expert_layer = adopt_expert_layers(self.model, config.model)  # why it runs; None: ours does
+        fp8_dispatch = config.parallel.fp8_dispatch
+        # Why the engine's own layer runs; None: ours does.
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, fp8_dispatch)
+        if fp8_dispatch and self.stock_expert_layer is not None:
+            raise BadInputError(
+                f"parallel.fp8_dispatch = true: {self.stock_expert_layer}, which cannot; set it to false"
+            )
+        if fp8_dispatch:
+            self.fp8.append("rows travel to their experts in 8 bits, and back in " + self.precision.name)
         adopt_lean_zero(self._engine.optimizer)
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)

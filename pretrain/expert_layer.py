@@ -18,6 +18,9 @@ What 1 to 3 and 5 decide is kept under the ``routes`` policy of ``model/remat``,
 The collectives of a forward are the engine's own, as many and in the same order; a recomputation leaves out, on every
 rank alike, those whose outcome was kept. All moves of rows are permutations whose gradients are gathers.
 
+With ``parallel.fp8_dispatch`` the rows of 4 travel in eight bits (``model/fp8/wire.py``), and are kept so. What comes
+back (7) and both gradients stay in the run's dtype: they are sums in the making, of K choices and of T loops.
+
 The layer's ``tokens_per_expert`` buffer stays zero: nothing reads it but AutoEP's own balancing, which is off
 (``model/expert_load.py`` counts by loop). With DeepEP as the transport, or folded tensor parallelism, the engine's own
 forward runs.
@@ -39,6 +42,7 @@ from torch import Tensor, nn
 from model import remat
 from model.config import IceConfig
 from model.expert_parallel import SELECTION_BIAS, routed_layers
+from model.fp8 import pack_rows, unpack_rows
 from model.grouped_product import GroupedProduct
 from model.moe import Choice, DispatchPlan, Routes, collect, dispatch, mix, plan_dispatch, route, row_alignment
 
@@ -63,6 +67,8 @@ class ExchangePlan(NamedTuple):
 
 class LoopedExpertLayer(AutoEPMoELayer):
     """See the module's docstring."""
+
+    fp8_dispatch = False
 
     def _forward(self, hidden_states: Tensor) -> Any:
         if self.why_stock() is not None:
@@ -102,7 +108,8 @@ class LoopedExpertLayer(AutoEPMoELayer):
         alignment = self._alignment(x_ND)
         plan = remat.keep("routes", lambda: self._plan_exchange(routes, alignment))
         sent, received = plan.splits.input_splits, plan.splits.output_splits
-        rows_MD = _Exchange.apply(dispatch(x_ND, plan.to_ranks), self.ep_group, sent, received)
+        exchange = _Fp8Exchange if self.fp8_dispatch else _Exchange
+        rows_MD = exchange.apply(dispatch(x_ND, plan.to_ranks), self.ep_group, sent, received)
         output_RD = self._run_experts(dispatch(rows_MD, plan.to_experts), plan.to_experts)
         rows_MD = collect(output_RD, plan.to_experts).squeeze(1)
         return collect(_Exchange.apply(rows_MD, self.ep_group, received, sent), plan.to_ranks)
@@ -138,6 +145,16 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(grads[0], ctx.group, ctx.received, ctx.sent), None, None, None
 
 
+class _Fp8Exchange(_Exchange):
+    """The same with rows packed in eight bits on the way there; the gradient passes as if they had not been."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, group: Any, sent: list[int], received: list[int]) -> Any:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        packed = remat.keep("dispatch", lambda: _all_to_all(pack_rows(rows_RD), group, sent, received))
+        return unpack_rows(packed, rows_RD.shape[1], rows_RD.dtype)
+
+
 def _all_to_all(rows_RD: Tensor, group: Any, sent: list[int], received: list[int]) -> Tensor:
     output_MD = rows_RD.new_empty(sum(received), rows_RD.shape[1])
     dist.all_to_all_single(
@@ -146,8 +163,13 @@ def _all_to_all(rows_RD: Tensor, group: Any, sent: list[int], received: list[int
     return output_MD
 
 
-def adopt_expert_layers(model: nn.Module, config: IceConfig) -> str | None:
+def adopt_expert_layers(model: nn.Module, config: IceConfig, fp8_dispatch: bool = False) -> str | None:
     """After ``deepspeed.initialize``: give every replaced layer and its router our class.
+
+    Args:
+        model: The engine's.
+        config: Its architecture.
+        fp8_dispatch: Rows travel to their experts in eight bits.
 
     Returns:
         Why the engine's own forward runs all the same, to be said once; None when ours does.
@@ -156,6 +178,7 @@ def adopt_expert_layers(model: nn.Module, config: IceConfig) -> str | None:
     for layer in routed_layers(model):
         if isinstance(layer.module, AutoEPMoELayer):
             layer.module.__class__ = LoopedExpertLayer
+            layer.module.fp8_dispatch = fp8_dispatch
             layer.router.__class__ = LoopedRouter
             layer.router.config = config
             reason = layer.module.why_stock()

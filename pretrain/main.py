@@ -203,6 +203,8 @@ def _train_watched(
     for notice in notices:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
+    for line in engine.fp8:
+        log.say(line)
     loader = BatchLoader(
         sampler,
         config.data.global_batch_size,

@@ -322,7 +322,9 @@ class Checkpointer:
     def _universal(self, found: Path, record: dict[str, Any]) -> Path:
         """The universal form of ``found``, checked; made by the first rank while the others wait, unless it exists."""
         saved, now = record["identity"]["topology"], self.identity.topology
-        change = ", ".join(f"{key} {saved.get(key)} to {now.get(key)}" for key in ELASTIC if saved.get(key) != now[key])
+        change = ", ".join(
+            f"{key} {saved.get(key)} to {now.get(key)}" for key in ELASTIC if saved.get(key) != now.get(key)
+        )
         folder = self._on_first(partial(find_universal, found))
         if folder is not None:
             damage = self._find_problem(folder)

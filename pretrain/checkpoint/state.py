@@ -13,8 +13,9 @@ from pretrain.checkpoint.layout import STATE
 from pretrain.data import past_of
 
 FORMAT_VERSION = 1
-# What of the topology may differ from a checkpoint's: it is then converted (universal.py).
-ELASTIC = ("ranks", "expert_parallel_size")
+# What of the topology may differ from a checkpoint's: it is then converted (universal.py). The dtype may between bf16
+# and fp32; fp16 has a loss scale, which the other form does not keep.
+ELASTIC = ("ranks", "expert_parallel_size", "dtype")
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ def require_same_identity(
 ) -> None:
     """Raise ``BadInputError`` with every difference between the run and the checkpoint that is not allowed.
 
-    Other ranks are, if ZeRO has partitioned the state.
+    Other ranks and another dtype are, if ZeRO has partitioned the state.
     """
     # Through JSON, as the saved one went: tuples become lists.
     current = json.loads(json.dumps(asdict(identity)))
     next_sample = record["next_sample"]
     saved, current = ({**each, "data": past_of(each["data"], next_sample)} for each in (record["identity"], current))
-    elastic = ELASTIC if saved["topology"].get("zero_stage") else ()
+    elastic = set(ELASTIC) if saved["topology"].get("zero_stage") else set()
+    if "fp16" in (saved["topology"].get("dtype"), current["topology"].get("dtype")):
+        elastic -= {"dtype"}
     for part in ("model", "data", "topology"):
         if part in allow_changed:
             continue
@@ -81,7 +84,8 @@ def require_same_identity(
         ]
         if changes:
             remedy = (
-                "resume on the same topology (only ranks and expert parallelism may change, and not with zero_stage 0)"
+                "resume on the same topology (ranks, expert parallelism, and dtype between bf16 and fp32 may change, "
+                "and not with zero_stage 0)"
                 if part == "topology"
                 else f'use another run.name, or set checkpoint.allow_changed=["{part}"]'
             )
@@ -89,6 +93,6 @@ def require_same_identity(
 
 
 def is_reshaped(record: dict[str, Any], identity: RunIdentity) -> bool:
-    """Whether the run has other ranks than the checkpoint, which ``require_same_identity`` has let pass."""
+    """Whether the checkpoint must be converted: ``require_same_identity`` has let other ranks or another dtype pass."""
     saved = record["identity"]["topology"]
     return any(saved.get(key) != identity.topology.get(key) for key in ELASTIC)

@@ -108,6 +108,7 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
     from launch.settings import parse_settings
     from model import IceModel
     from model.expert_parallel import routed_layers
+    from model.fp8 import choose_kernels, convert
     from model.init import decays
     from pretrain.config import TrainingConfig
     from pretrain.losses import training_objective
@@ -115,6 +116,9 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
     config = parse_settings(TrainingConfig, values, "scenario")
     torch.manual_seed(config.run.seed)
     model = IceModel(config.model)
+    fp8 = choose_kernels(config.precision.recipe, "cpu", torch.float32)
+    if fp8 is not None:
+        convert(model, config.model, fp8.kernels, config.precision.fp8_exclude)
     routers = [layer.router for layer in routed_layers(model)]
     for router in routers:
         router.e_score_correction_bias.copy_(selection_bias(routing, config.model.n_experts))

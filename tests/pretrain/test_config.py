@@ -26,6 +26,12 @@ def test_every_run_configuration_parses_and_dry_runs(path: Path, capsys: pytest.
         assert expected in printed
 
 
+def test_a_dry_run_says_what_fp8_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(TINY), "--dry-run", "--set", "precision.recipe=fp8_blockwise"]) == 0
+    assert "FP8 here" in (printed := capsys.readouterr().out)
+    assert "fp8_blockwise" in printed
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "data").glob("*.json")), ids=lambda path: path.stem)
 def test_every_data_configuration_parses(path: Path) -> None:
     load_settings(DataSettings, path)
@@ -49,6 +55,8 @@ def test_every_data_configuration_parses(path: Path) -> None:
         ("parallel.expert_parallel_size=3", "must divide model.n_experts = 8; accepted: 1, 2, 4, 8"),
         ("parallel.zero_stage=4", "parallel.zero_stage = 4"),
         ("parallel.zero_stage=2", None),
+        ("precision.recipe=fp8", "'bf16', 'fp8_rowwise' or 'fp8_blockwise'"),
+        ('precision.fp8_exclude=["head"]', "'feed_forward', 'shared_experts' or 'experts'"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last = 0"),
         ("run.name=../x", "run.name"),
         ("data=3", "data = 3"),
@@ -69,6 +77,8 @@ def test_a_mistake_is_named(override: str, told: str | None) -> None:
     "overrides",
     [
         ["parallel.zero_stage=2", "parallel.zero_init=true"],
+        ["parallel.fp8_dispatch=true", "parallel.expert_parallel_size=1"],
+        ["parallel.expert_backend=loop", "precision.recipe=fp8_rowwise"],
         ["parallel.zero_stage=1", "parallel.offload_parameters=cpu"],
         ["parallel.zero_stage=0", "parallel.offload_optimizer=cpu"],
         ["parallel.offload_optimizer=nvme"],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from launch.settings import load_settings
+from launch.settings import BadInputError, load_settings
 from model import IceModel
 from model.precision import PrecisionChoice, choose_precision
 from pretrain.config import TrainingConfig
-from pretrain.engine import deepspeed_config, parameter_groups
+from pretrain.engine import deepspeed_config, fp8_choice, parameter_groups
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "ice_tiny.json"
 FP32 = PrecisionChoice("fp32", "test")
@@ -65,3 +67,12 @@ def test_precision_says_why() -> None:
     automatic = choose_precision("auto", "cpu")
     assert automatic.name in ("fp32", "bf16")
     assert automatic.reason
+
+
+def test_a_recipe_whose_package_is_missing_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.delitem(sys.modules, "torchao.float8", raising=False)
+    with pytest.raises(BadInputError, match=r"precision.recipe = fp8_rowwise: .*pip install 'ice-pretrain\[fp8\]'"):
+        fp8_choice(tiny("precision.recipe=fp8_rowwise"), "cuda", PrecisionChoice("bf16", "test"))

@@ -264,6 +264,7 @@ def test_a_rollback_loads_an_older_checkpoint_and_forgets_the_later_ones(tmp_pat
         ({"model": {"dim": 64, "act": True}}, "model.act was None, is True"),
         ({"data": {"fingerprint": "b"}}, "data.fingerprint was 'a', is 'b'"),
         ({"topology": {"ranks": 2}}, "resume on the same topology"),
+        ({"topology": {"ranks": 1, "zero_stage": 3, "dtype": "fp16"}}, "topology.dtype was None, is 'fp16'"),
     ],
 )
 def test_a_resume_with_another_identity_names_the_change(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
