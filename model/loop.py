@@ -26,6 +26,8 @@ from model.blocks import Block, BlockCarry
 from model.config import IceConfig
 from model.depth import DepthPlan
 from model.expert_load import ExpertLoad
+from model.gradient_sum import summed_gradients
+from model.grouped_product import expert_weights
 from model.halting import Halting, HaltingState, closed
 from model.initial_noise import normal_noise
 from model.injection import StableInjection
@@ -119,10 +121,9 @@ class LoopedCore(nn.Module):
         unmoved_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
         state = LoopState(h_BSD, tuple(BlockCarry() for _ in self.blocks), halting, unmoved_BS)
 
-        if plan.controller is None:
-            state, states = self._all_loops(state, inputs, plan)
-        else:
-            state, states = self._controlled_loops(state, inputs, plan)
+        run = self._all_loops if plan.controller is None else self._controlled_loops
+        with summed_gradients(expert_weights(self.blocks)):
+            state, states = run(state, inputs, plan)
 
         residual = state.change_BS.mean()
         ponder_cost = torch.zeros_like(residual) if state.halting is None else state.halting.depth_BS.mean()

@@ -30,7 +30,7 @@ from model.config import IceConfig
 from model.expert_load import ExpertLoad
 from model.grouped_product import GroupedProduct, grouped_mm
 from model.init import matrix_std, output_std
-from model.swiglu import SwiGLU
+from model.swiglu import SwiGLU, swiglu
 
 
 class Routes(NamedTuple):
@@ -205,8 +205,8 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
         """(R, D) sorted by expert to (R, D); expert i owns rows ``offsets[i - 1] : offsets[i]``."""
-        gate, up = self.product(rows_RD, self.gate_up_proj, offsets_E).chunk(2, dim=-1)
-        return self.product(F.silu(gate) * up, self.down_proj, offsets_E)
+        hidden_RF = swiglu(self.product(rows_RD, self.gate_up_proj, offsets_E))
+        return self.product(hidden_RF, self.down_proj, offsets_E)
 
 
 def row_alignment(device: torch.device, dtype: torch.dtype) -> int:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
+from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
 from model.variants import VARIANTS
 
@@ -291,6 +292,9 @@ class ParallelSection(Section):
     loss_chunk_tokens: int | None = Field(
         1024, ge=1, description="tokens of a rank whose logits exist at once; null keeps all, which saves a product"
     )
+    expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
+        "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
@@ -475,6 +479,14 @@ class TrainingConfig(Section):
                 size,
                 f"must divide model.n_experts = {experts}; accepted: {', '.join(map(str, divisors))}",
             )
+        if experts and self.parallel.expert_backend == "megablocks":
+            for key in ("dim", "expert_dim"):
+                if getattr(self.model, key) % MEGABLOCKS_BLOCK:
+                    raise SettingError(
+                        f"model.{key}",
+                        getattr(self.model, key),
+                        f'parallel.expert_backend = "megablocks" needs a multiple of {MEGABLOCKS_BLOCK}',
+                    )
         return self
 
     def _check_stage_depth(self, key: str, mean_loops: int) -> None:

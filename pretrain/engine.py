@@ -51,6 +51,7 @@ from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
 from pretrain.config import TrainingConfig
+from pretrain.host_memory import keep_freed_memory
 from pretrain.universal_format import mended
 
 
@@ -69,6 +70,7 @@ class StepOutcome(NamedTuple):
 def deepspeed_config(config: TrainingConfig, world_size: int, precision: PrecisionChoice) -> dict[str, Any]:
     """The DeepSpeed JSON of a run on ``world_size`` ranks."""
     parallel, optim = config.parallel, config.optim
+    torch_adam = optim.implementation == "torch" and parallel.offload_optimizer == "none"
     return {
         "train_batch_size": config.data.global_batch_size,
         "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
@@ -84,7 +86,9 @@ def deepspeed_config(config: TrainingConfig, world_size: int, precision: Precisi
                 "betas": [optim.beta1, optim.beta2],
                 "eps": optim.eps,
                 "weight_decay": optim.weight_decay,
-                "torch_adam": optim.implementation == "torch" and parallel.offload_optimizer == "none",
+                "torch_adam": torch_adam,
+                # One pass over weights, gradients and moments instead of ten.
+                **({"fused": True} if torch_adam else {}),
             },
         },
         "zero_optimization": _zero_section(config),
@@ -252,6 +256,11 @@ class TrainingEngine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
+        from pretrain.expert_compute import adopt_engine_experts, expert_product
+        from pretrain.expert_layer import adopt_expert_layers
+        from pretrain.lean_zero import adopt_lean_zero
+
+        product = expert_product(config.parallel.expert_backend)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         restrict_unpickling()
         prepare_rendezvous(place)
@@ -264,6 +273,8 @@ class TrainingEngine:
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
         _unlink_shared_memory(place)
         settings = deepspeed_config(config, place.world_size, self.precision)
+        if accelerator.device_name() == "cpu":
+            keep_freed_memory()
 
         torch.manual_seed(config.run.seed)
         sharded = deepspeed.zero.Init(config_dict_or_path=settings) if config.parallel.zero_init else None
@@ -285,12 +296,10 @@ class TrainingEngine:
         self.model: IceModel = self._engine.module
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
-        from pretrain.expert_compute import adopt_engine_experts  # imports DeepSpeed
-        from pretrain.expert_layer import adopt_expert_layers
-
         adopt_replaced_layers(self.model, self.model.core.expert_load)
-        adopt_engine_experts(self.model)
+        adopt_engine_experts(self.model, product)
         self.stock_expert_layer = adopt_expert_layers(self.model, config.model)  # why it runs; None: ours does
+        adopt_lean_zero(self._engine.optimizer)
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from deepspeed.moe import ep_kernels
 from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor, nn
 
-from model.expert_parallel import routed_layers
-from model.grouped_product import GroupedProduct, grouped_mm
+from launch.settings import BadInputError
+from model.expert_parallel import routed_layers, set_expert_product
+from model.grouped_product import GroupedProduct, grouped_mm, loop
+from model.megablocks import megablocks
+
+_STOCK_ALIGNMENT: int = ep_kernels.TOKEN_GROUP_ALIGN_SIZE_M
 
 
 class EngineExperts(GroupedExperts):
-    """This rank's experts; ``product`` is an attribute of the instance or the class's default."""
+    """This rank's experts; ``product`` is set on the instance."""
 
-    product: GroupedProduct = grouped_mm
+    product: GroupedProduct
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """(R, D) sorted by local expert to (R, D); rows past the counts' sum are unspecified."""
@@ -28,9 +33,27 @@ class EngineExperts(GroupedExperts):
         return self.product(F.silu(gate) * up, self.w2, offsets_E)
 
 
-def adopt_engine_experts(model: nn.Module) -> None:
-    """After ``deepspeed.initialize``: give every replaced layer's experts our class."""
+def expert_product(backend: str) -> GroupedProduct:
+    """The product that ``parallel.expert_backend`` names.
+
+    Raises:
+        BadInputError: When its packages are missing.
+    """
+    if backend == "megablocks":
+        try:
+            return megablocks()
+        except ModuleNotFoundError as error:
+            raise BadInputError(f'parallel.expert_backend = "megablocks": {error}') from error
+    products: dict[str, GroupedProduct] = {"grouped_mm": grouped_mm, "loop": loop}
+    return products[backend]
+
+
+def adopt_engine_experts(model: nn.Module, product: GroupedProduct) -> None:
+    """After ``deepspeed.initialize``: give every replaced layer's experts our class, and all experts ``product``."""
     for layer in routed_layers(model):
         experts = layer.module.experts
         if isinstance(experts, GroupedExperts):
             experts.__class__ = EngineExperts
+    set_expert_product(model, product)
+    # AutoEP pads each expert's rows to a multiple of this.
+    ep_kernels.TOKEN_GROUP_ALIGN_SIZE_M = max(_STOCK_ALIGNMENT, product.row_alignment)
