@@ -295,11 +295,11 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     expert_parallel_size: int = Field(1, ge=1)
     micro_batch_size: int = Field(1, ge=1, description="sequences a rank runs at once")
-    expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
-        "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
-    )
     loss_chunk_tokens: int | None = Field(
         1024, ge=1, description="tokens of a rank whose logits exist at once; null keeps all, which saves a product"
+    )
+    expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
+        "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
     )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
     fp8_dispatch: bool = Field(

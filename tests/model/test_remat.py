@@ -64,7 +64,7 @@ def everything(model: IceModel, ids: torch.Tensor, **plan: Any) -> dict[str, tor
     torch.manual_seed(7)
     if model.config.slu and plan["n_loops"] > 2:
         plan = plan | {"probe_loop": 2}
-    output = model(ids[:, :-1], return_output=True, **plan)
+    output = model(ids[:, :-1], targets=ids[:, 1:], return_output=True, **plan)
     loss = F.cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].flatten()) + 0.01 * output.ponder_cost
     if output.read_logits_NBSV is not None:
         loss = loss + output.read_logits_NBSV.square().mean() + output.states_NBSD.square().mean()
