@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from data_pipeline.dataset.reader import Dataset, open_dataset
 from data_pipeline.permutation import KeyedPermutation
 from launch.settings import BadInputError
+from model.token_loss import IGNORED_TARGET
 from pretrain.config import DataSection
 from pretrain.data import (
-    IGNORED_TARGET,
     PADDING_SAMPLE,
     BatchLoader,
     HeldOut,
