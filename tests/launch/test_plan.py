@@ -68,7 +68,7 @@ def test_each_remedy_does_make_it_fit() -> None:
 
 
 def test_memory_does_not_grow_with_depth_but_for_the_states_of_loops_with_a_gradient() -> None:
-    run = replace(run_of("ice_1b", 8), grad_loops=None)
+    run = replace(run_of("ice_1b", 8), grad_loops=None, remat="loop")
     shallow, deep = (plan_memory(replace(run, max_loops=loops)).by_kind["loop states"] for loops in (16, 32))
     loops = [sum(kept for _, kept in replace(run, max_loops=n).loops_of_scales(n)) for n in (16, 32)]
     state = run.micro_tokens * run.model.dim * 2
@@ -80,7 +80,7 @@ def test_memory_does_not_grow_with_depth_but_for_the_states_of_loops_with_a_grad
 def test_more_of_anything_scarce_is_never_worse() -> None:
     run = run_of("ice_50b", 128)
     total = plan_memory(run).total
-    assert plan_memory(replace(run, loss_chunk_tokens=64)).total < total
+    assert total < plan_memory(replace(run, loss_chunk_tokens=None)).total
     assert plan_memory(replace(run, offload_optimizer=True)).total < total
     assert plan_memory(run_of("ice_50b", 256)).total < total
     assert step_time(run, GPUS["b200"]).seconds < step_time(run, H100).seconds

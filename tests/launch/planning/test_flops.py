@@ -62,6 +62,10 @@ def _grouped(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
     return 2 * rows * inner * b[-1]
 
 
+def _added(_sum: Any, a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def counted(config: IceConfig, remat: str, grad_loops: int | None) -> float:
     """FLOPs a token that torch counts in one training step of the plain model."""
     torch.manual_seed(0)
@@ -72,6 +76,7 @@ def counted(config: IceConfig, remat: str, grad_loops: int | None) -> float:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
         aten._grouped_mm: _grouped,
+        aten.addmm_: _added,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         logits = model(ids, LOOPS, grad_loops=grad_loops)
