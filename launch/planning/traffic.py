@@ -102,7 +102,9 @@ def _gradients(run: PlannedRun) -> list[Transfer]:
     kind = "gradient all-reduce" if run.zero_stage in (0, 1) else "gradient reduce-scatter"
     times = run.grad_accum_steps if run.zero_stage >= 2 else 1
     return [
-        _ring(run, kind, owners, count * run.dtype_bytes * times) for owners, count in sorted(_by_owners(run).items())
+        _ring(run, kind, owners, count * run.dtype_bytes * times)
+        for owners, count in sorted(_by_owners(run).items())
+        if owners > 1 or run.zero_stage != 3  # pretrain/lean_zero.py: nothing is reduced over one rank
     ]
 
 

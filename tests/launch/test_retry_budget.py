@@ -92,6 +92,6 @@ def test_begin_checks_the_configuration_and_prints_the_run_directory(
     assert main(["begin", "--job", "7", "--tasks", "128", *training, "--set", "run.name=x"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'x'}\n"
     assert (tmp_path / "x" / "slurm" / "retries.json").exists()
-    with pytest.raises(BadInputError, match="global_batch_size = 512: must be a multiple of .* ranks = 1 x 24 = 24"):
+    with pytest.raises(BadInputError, match=r"global_batch_size = 512: must be a multiple of .* ranks = 1 x 24 = 24"):
         main(["begin", "--job", "7", "--tasks", "24", *training, "--set", "run.name=y"])
     assert not (tmp_path / "y").exists()
