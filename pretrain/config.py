@@ -190,9 +190,16 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW. Norms, biases, the injection and router biases are never decayed (``model.init.decays``)."""
+    """AdamW, or Muon for the hidden matrices and AdamW for the rest (``pretrain/muon.py``).
 
-    lr: float = Field(3e-4, gt=0)
+    Norms, biases, the injection and router biases are never decayed (``model.init.decays``).
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(3e-4, gt=0, description="peak, of what AdamW updates")
+    muon_lr: float = Field(0.02, gt=0, description="peak, of what Muon updates; the schedule scales both")
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_weight_decay: float = Field(0.01, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -480,6 +487,8 @@ class TrainingConfig(Section):
         for index, stage in enumerate(self.data.stages):
             if stage.mean_loops is not None:
                 self._check_stage_depth(f"data.stages.{index}.mean_loops", stage.mean_loops)
+        if self.optim.kind == "muon":
+            self._check_muon()
         experts, size = self.model.n_experts, self.parallel.expert_parallel_size
         if experts == 0 and size > 1:
             raise SettingError("parallel.expert_parallel_size", size, "model.n_experts = 0 leaves nothing to spread")
@@ -511,6 +520,14 @@ class TrainingConfig(Section):
                         f'parallel.expert_backend = "megablocks" needs a multiple of {MEGABLOCKS_BLOCK}',
                     )
         return self
+
+    def _check_muon(self) -> None:
+        if self.parallel.zero_stage != 3:
+            raise SettingError("optim.kind", "muon", f"needs parallel.zero_stage = 3, not {self.parallel.zero_stage}")
+        if self.parallel.offload_optimizer != "none":
+            raise SettingError("optim.kind", "muon", "is not used with parallel.offload_optimizer; set it to none")
+        if self.precision.dtype == "fp16":
+            raise SettingError("optim.kind", "muon", "is not used with precision.dtype = fp16; use bf16")
 
     def _check_stage_depth(self, key: str, mean_loops: int) -> None:
         """A stage's depth must be one that ``loop`` allows, and deep enough for the ideas that compare two depths."""

@@ -51,7 +51,7 @@ from model.init import decays
 from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
-from pretrain.config import TrainingConfig
+from pretrain.config import OptimSection, TrainingConfig
 from pretrain.host_memory import keep_freed_memory
 from pretrain.universal_format import mended
 
@@ -110,6 +110,8 @@ def _zero_section(config: TrainingConfig) -> dict[str, Any]:
         "contiguous_gradients": True,
         "overlap_comm": torch.cuda.is_available(),
     }
+    if config.optim.kind == "muon":
+        section["reduce_scatter"] = False  # DeepSpeed's Muon demands it
     for key, device in (
         ("offload_optimizer", parallel.offload_optimizer),
         ("offload_param", parallel.offload_parameters),
@@ -173,18 +175,43 @@ def fp8_choice(config: TrainingConfig, device_type: str, precision: PrecisionCho
         raise BadInputError(f"precision.recipe = {config.precision.recipe}: {error}") from None
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices, which are decayed, and the rest, which are not.
+def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
+    """The optimizer groups: matrices, which are decayed, and the rest, which are not; Muon's matrices are a third.
 
-    DeepSpeed splits each by expert-parallel group and needs a ``name`` to tell the splits apart.
+    DeepSpeed splits each by expert-parallel group and needs a ``name`` to tell the splits apart. ``lr_ratio`` is a
+    group's learning rate in units of ``optim.lr``.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    decayed: dict[str, Any] = {"name": "decayed", "params": [], "weight_decay": optim.weight_decay, "lr_ratio": 1.0}
+    plain: dict[str, Any] = {"name": "not_decayed", "params": [], "weight_decay": 0.0, "lr_ratio": 1.0}
+    if optim.kind == "adamw":
+        for name, parameter in model.named_parameters():
+            (decayed if decays(name, parameter) else plain)["params"].append(parameter)
+        return [decayed, plain]
+    from pretrain.muon import is_muons
+
+    muon: dict[str, Any] = {
+        "name": "muon",
+        "params": [],
+        "use_muon": True,
+        "lr": optim.muon_lr,
+        "momentum": optim.muon_momentum,
+        "weight_decay": optim.muon_weight_decay,
+        "lr_ratio": optim.muon_lr / optim.lr,
+    }
+    adam = {"use_muon": False, "lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     for name, parameter in model.named_parameters():
-        groups[decays(name, parameter)].append(parameter)
-    return [
-        {"name": "decayed", "params": groups[True], "weight_decay": weight_decay},
-        {"name": "not_decayed", "params": groups[False], "weight_decay": 0.0},
-    ]
+        group = muon if is_muons(name, parameter) else decayed if decays(name, parameter) else plain
+        group["params"].append(parameter)
+    return [muon, decayed | adam, plain | adam]
+
+
+def _optimizer_builder(optim: OptimSection) -> Callable[[list[dict[str, Any]]], Any] | None:
+    """What makes the optimizer of the groups once AutoEP has replaced its parameters; None: DeepSpeed's own AdamW."""
+    if optim.kind == "adamw":
+        return None
+    from pretrain.muon import build_optimizer
+
+    return lambda groups: build_optimizer(groups, optim)
 
 
 def restrict_unpickling() -> None:
@@ -296,7 +323,8 @@ class TrainingEngine:
             deepspeed.utils.set_z3_leaf_modules(model, [LoopedCore])
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config.optim.weight_decay),
+            model_parameters=parameter_groups(model, config.optim),
+            optimizer=_optimizer_builder(config.optim),
             config=settings,
         )
         if self.precision.name != "fp32" and config.parallel.zero_stage == 0:
@@ -358,7 +386,7 @@ class TrainingEngine:
         to it. Only fp32 without ZeRO has no such check, and is clipped and checked here.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)  # checkpoints of before have none
         skipped_before = self._engine.skipped_steps
         norm = self._clip_unsharded() if _clips_here(self.config, self.precision) else None
         skips_here = norm is not None and not math.isfinite(norm)

@@ -82,5 +82,11 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def adopt_lean_zero(optimizer: Any) -> None:
     """After ``deepspeed.initialize``: give a ZeRO-3 optimizer our class; any other is left as it is."""
-    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+    if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
+        return
+    if optimizer.use_muon:
+        from pretrain.muon import MuonZero3
+
+        optimizer.__class__ = MuonZero3
+    else:
         optimizer.__class__ = LeanZero3

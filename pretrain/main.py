@@ -175,6 +175,8 @@ def _train_watched(
             "zero_stage": config.parallel.zero_stage,
             "expert_parallel_size": config.parallel.expert_parallel_size,
             "dtype": engine.precision.name,
+            # Absent for AdamW, as in checkpoints of before there was a choice.
+            **({} if config.optim.kind == "adamw" else {"optimizer": config.optim.kind}),
         },
     )
     notices: list[str] = []

@@ -70,7 +70,9 @@ def require_same_identity(
     current = json.loads(json.dumps(asdict(identity)))
     next_sample = record["next_sample"]
     saved, current = ({**each, "data": past_of(each["data"], next_sample)} for each in (record["identity"], current))
-    elastic = set(ELASTIC) if saved["topology"].get("zero_stage") else set()
+    # The universal format has Adam's moments; Muon's momentum it has not.
+    partitioned = saved["topology"].get("zero_stage") and "optimizer" not in saved["topology"]
+    elastic = set(ELASTIC) if partitioned else set()
     if "fp16" in (saved["topology"].get("dtype"), current["topology"].get("dtype")):
         elastic -= {"dtype"}
     for part in ("model", "data", "topology"):
@@ -85,7 +87,7 @@ def require_same_identity(
         if changes:
             remedy = (
                 "resume on the same topology (ranks, expert parallelism, and dtype between bf16 and fp32 may change, "
-                "and not with zero_stage 0)"
+                "and not with zero_stage 0 or Muon)"
                 if part == "topology"
                 else f'use another run.name, or set checkpoint.allow_changed=["{part}"]'
             )

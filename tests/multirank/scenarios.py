@@ -103,6 +103,35 @@ def tokens_of_step(step: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def orthogonalised(model: Any) -> dict[str, Any]:
+    """The matrices Muon updates, by name: of attention, feed-forwards and experts, without routers."""
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.dim() >= 2 and (".attention." in name or ".ffn." in name) and ".router." not in name
+    }
+
+
+@torch.no_grad()
+def muon_step(name: str, parameter: Any, momentum: Tensor, optim: Any) -> None:
+    """Jordan et al. 2024, in float64; an expert's gate and up are two matrices, as the engine keeps them."""
+    momentum.lerp_(parameter.grad, 1 - optim.muon_momentum)
+    ahead = parameter.grad.lerp(momentum, optim.muon_momentum).double()
+    parts = ahead.chunk(2, dim=1) if name.endswith("experts.gate_up_proj") else (ahead,)
+    parameter.mul_(1 - optim.muon_lr * optim.muon_weight_decay)
+    parameter.sub_(optim.muon_lr * torch.cat([newton_schulz(part) for part in parts], dim=-2).to(parameter))
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Five steps of the quintic iteration on each matrix, and the scale of its shape."""
+    rows, columns = matrices.shape[-2:]
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x * max(1.0, rows / columns) ** 0.5
+
+
 def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinary") -> Trace:
     """The steps in this process: one whole batch, one backward, no engine."""
     from launch.settings import parse_settings
@@ -123,10 +152,13 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
     for router in routers:
         router.e_score_correction_bias.copy_(selection_bias(routing, config.model.n_experts))
     optim = config.optim
+    matrices = orthogonalised(model) if optim.kind == "muon" else {}
+    rest = [(n, p) for n, p in model.named_parameters() if n not in matrices]
     groups = [
-        {"params": [p for n, p in model.named_parameters() if decays(n, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in model.named_parameters() if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in rest if decays(n, p)], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
     ]
+    momenta = {n: torch.zeros_like(p) for n, p in matrices.items()}
     adam = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     trace = Trace(weight_steps=len(steps))
     for number, step in enumerate(steps):
@@ -143,7 +175,7 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
         by_hand = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         torch.testing.assert_close(torch.stack([o.terms["loss"] for o in objectives]).mean(), by_hand.detach())
         loss = torch.stack([objective.total for objective in objectives]).mean()
-        adam.zero_grad()
+        model.zero_grad()
         loss.backward()
         if number == 0:
             trace.logits = logits.detach()
@@ -154,6 +186,8 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
         trace.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
         trace.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)))
         adam.step()
+        for name, parameter in matrices.items():
+            muon_step(name, parameter, momenta[name], optim)
         load = model.core.expert_load.take()
         trace.loads.append(load)
         for layer, router in enumerate(routers):

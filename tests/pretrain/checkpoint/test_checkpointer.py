@@ -278,6 +278,16 @@ def test_a_resume_with_another_identity_names_the_change(tmp_path: Path, changed
         assert Run(tmp_path, other, allow_changed=(part,)).resumed is not None
 
 
+def test_a_run_of_muon_resumes_on_the_same_ranks_only(tmp_path: Path) -> None:
+    muon = replace(IDENTITY, topology={"ranks": 2, "zero_stage": 3, "dtype": "fp32", "optimizer": "muon"})
+    Run(tmp_path, muon).save(1)
+    assert Run(tmp_path, muon).resumed is not None
+    with pytest.raises(BadInputError, match="topology.ranks was 2, is 4"):
+        Run(tmp_path, replace(muon, topology=muon.topology | {"ranks": 4}))
+    with pytest.raises(BadInputError, match="topology.optimizer was 'muon', is None"):
+        Run(tmp_path, replace(muon, topology={"ranks": 2, "zero_stage": 3, "dtype": "fp32"}))
+
+
 def test_the_manifest_names_every_file_but_itself(tmp_path: Path) -> None:
     Run(tmp_path, plain_weights=True).save(1)
     folder = tmp_path / "checkpoints" / "step_00000001"
