@@ -30,7 +30,7 @@ def test_batch_sizes_multiply_out() -> None:
 
 def test_only_matrices_outside_the_embedding_are_decayed() -> None:
     model = IceModel(tiny().model.scaled_down())
-    decayed, rest = parameter_groups(model, 0.1)
+    decayed, rest = parameter_groups(model, tiny("optim.weight_decay=0.1").optim)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
@@ -40,6 +40,18 @@ def test_only_matrices_outside_the_embedding_are_decayed() -> None:
     } <= untouched
     assert all(parameter.dim() >= 2 for parameter in decayed["params"])
     assert any(name.endswith("experts.down_proj") for name in (names[id(p)] for p in decayed["params"]))
+
+
+def test_muon_takes_hidden_matrices_and_leaves_head_embedding_and_routers() -> None:
+    model = IceModel(tiny().model.scaled_down())
+    muon, decayed, rest = parameter_groups(model, tiny("optim.kind=muon", "optim.muon_lr=0.03").optim)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sum(len(group["params"]) for group in (muon, decayed, rest)) == len(names)
+    assert muon["lr_ratio"] * tiny().optim.lr == pytest.approx(0.03)
+    of_muon = {names[id(parameter)].rpartition("ffn.")[2] for parameter in muon["params"]}
+    assert {"experts.gate_up_proj", "experts.down_proj", "shared_experts.down_proj.weight"} <= of_muon
+    assert {"head.weight", "core.blocks.0.ffn.router.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert "embed.weight" in {names[id(p)] for p in rest["params"]}
 
 
 def test_group_limited_routing_reaches_the_engine() -> None:

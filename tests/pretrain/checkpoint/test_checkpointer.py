@@ -282,9 +282,9 @@ def test_a_run_of_muon_resumes_on_the_same_ranks_only(tmp_path: Path) -> None:
     muon = replace(IDENTITY, topology={"ranks": 2, "zero_stage": 3, "dtype": "fp32", "optimizer": "muon"})
     Run(tmp_path, muon).save(1)
     assert Run(tmp_path, muon).resumed is not None
-    with pytest.raises(BadInputError, match="topology.ranks was 2, is 4"):
+    with pytest.raises(BadInputError, match=r"topology\.ranks was 2, is 4"):
         Run(tmp_path, replace(muon, topology=muon.topology | {"ranks": 4}))
-    with pytest.raises(BadInputError, match="topology.optimizer was 'muon', is None"):
+    with pytest.raises(BadInputError, match=r"topology\.optimizer was 'muon', is None"):
         Run(tmp_path, replace(muon, topology={"ranks": 2, "zero_stage": 3, "dtype": "fp32"}))
 
 
