@@ -40,6 +40,7 @@ class PlannedRun:
     remat: Remat = "loop"
     remat_once: bool = True  # prelude and coda blocks are recomputed
     remat_offload: bool = False
+    fp8_dispatch: bool = False  # rows travel to their experts in eight bits, and back in the dtype
     zero_init: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -120,6 +121,7 @@ def planned_run(config: TrainingConfig, ranks: int, dtype_bytes: int) -> Planned
         remat=loop.remat,
         remat_once=(loop.remat_once or loop.remat) != "none",
         remat_offload=loop.remat_offload,
+        fp8_dispatch=parallel.fp8_dispatch,
         zero_init=parallel.zero_init,
         offload_optimizer=parallel.offload_optimizer != "none",
         offload_parameters=parallel.offload_parameters != "none",

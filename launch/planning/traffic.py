@@ -6,6 +6,8 @@ r"""Bytes a rank moves in an optimizer step, by what they are for, and over whic
                         2 backward (loops with a gradient), and 2 in each recomputation that repeats them
     expert counts       E integers for each exchange that is planned
 
+With ``parallel.fp8_dispatch`` the way there, forward, takes a byte a number and one for each 128.
+
 The depth enters the last two only. Recomputation repeats everything under the policies ``loop`` (once) and ``sqrt``
 (nearly twice), the payload under ``routes``, nothing under ``dispatch``.
 
@@ -124,14 +126,18 @@ def _exchanges(run: PlannedRun, loops: int) -> list[Transfer]:
     size, model = run.expert_parallel_size, run.model
     if size == 1 or model.n_experts == 0:
         return []
-    payloads = plans = 0
+    there = back = plans = 0
     for n_loops, kept in run.loops_of_scales(loops):
         again = run.recomputed_loops(kept)
-        payloads += 2 * (n_loops + kept + (0 if run.remat == "dispatch" else again))
+        forwards = n_loops + (0 if run.remat == "dispatch" else again)
+        there += forwards
+        back += forwards + 2 * kept
         plans += n_loops + (again if run.remat in ("loop", "sqrt") else 0)
     each = run.grad_accum_steps * model.recurrent_layers
     rows = run.micro_tokens * model.n_experts_per_tok
-    payload = float(each * payloads * rows * model.dim * run.dtype_bytes)
+    whole = model.dim * run.dtype_bytes
+    row = model.dim + -(-model.dim // 128) if run.fp8_dispatch else whole  # model/fp8/wire.py
+    payload = float(each * rows * (there * row + back * whole))
     counts = float(each * plans * model.n_experts * _COUNT_BYTES)
     away = (size - 1) / size
     return [

@@ -37,6 +37,7 @@ from pretrain.config import TrainingConfig
 
 KINDS = ("parameter_gather", "gradient_reduce", "expert_payload", "expert_counts", "other")
 BAR = 1.02
+EIGHT_BITS = "ours, FP8 dispatch"
 # (name, expert-parallel size, remat, leaf, kept, depths)
 ROWS = (
     ("stock ZeRO-3, nothing kept", 1, "loop", False, False, (1, 4, 16)),
@@ -48,6 +49,7 @@ ROWS = (
     ("ours, remat routes", 2, "routes", True, False, (16,)),
     ("ours, remat dispatch", 2, "dispatch", True, False, (16,)),
     ("ours, remat sqrt", 2, "sqrt", True, False, (16,)),
+    (EIGHT_BITS, 2, "routes", True, False, (16,)),
 )
 
 
@@ -60,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         pool = RankPool(2, Path(folder))
         for name, size, remat, leaf, kept, depths in ROWS:
-            parallel = {"expert_parallel_size": size, "micro_batch_size": 4}
+            parallel = {"expert_parallel_size": size, "micro_batch_size": 4, "fp8_dispatch": name == EIGHT_BITS}
             values = settings(loop={"remat": remat}, parallel=parallel)
             by_rank = pool.run(
                 rank_jobs.traffic_by_depth,

@@ -66,11 +66,15 @@ def test_stock_zero_gathers_in_every_loop(two_ranks: RankPool) -> None:
 
 
 # Of 4 loops. sqrt runs each again, and the first of the first of its two segments once more.
-@pytest.mark.parametrize(("remat", "payloads", "plans"), [("routes", 24, 4), ("dispatch", 16, 4), ("sqrt", 26, 9)])
+@pytest.mark.parametrize(
+    ("remat", "eight_bits", "payloads", "plans"),
+    [("routes", False, 24, 4), ("routes", True, 24, 4), ("dispatch", True, 16, 4), ("sqrt", False, 26, 9)],
+)
 def test_recomputation_sends_what_its_policy_did_not_keep(
-    two_ranks: RankPool, remat: str, payloads: int, plans: int
+    two_ranks: RankPool, remat: str, eight_bits: bool, payloads: int, plans: int
 ) -> None:
     values = values_of(remat, 2)
+    values["parallel"]["fp8_dispatch"] = eight_bits
     by_rank = two_ranks.run(rank_jobs.traffic_by_depth, values=values, depths=[4], kept=True)
     micro_batches = 2
     assert by_rank[0][4]["expert_payload"].calls == payloads * LAYERS * micro_batches
