@@ -14,10 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
+from model.families import PRESETS
 from model.fp8 import Fp8Part, RecipeName
 from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
-from model.variants import VARIANTS
 
 
 class Section(BaseModel):
@@ -249,6 +249,17 @@ class ContrastiveDepthSection(Section):
     positions: int = Field(128, ge=2, description="positions of a sequence that are contrasted")
 
 
+class ApexSection(Section):
+    """The losses that Apex adds to the language model's, with model.core = apex only (``pretrain/losses.py``)."""
+
+    verification_weight: float = Field(0.01, ge=0, description="of -log score: refinements towards what scores high")
+    correctness_weight: float = Field(
+        0.1, ge=0, description="of the verifier's own loss: scores against what was right"
+    )
+    consistency_weight: float = Field(0.01, ge=0, description="of proposal and review against the refinement")
+    benefit_margin: float = Field(0.01, ge=0, description="nats a step must gain to have been worth it")
+
+
 class LoopSection(Section):
     """How many loops a step runs, how many of them carry gradients, and what is kept for the backward pass."""
 
@@ -264,6 +275,7 @@ class LoopSection(Section):
     depth_benefit_margin: float = Field(
         0.01, ge=0, description="nats a loop must gain to be worth it, with model.slu only"
     )
+    apex: ApexSection = ApexSection()
     remat: RematPolicy = Field("loop", description="what each loop keeps for the backward pass (model/remat)")
     remat_once: RematOnce | None = Field(
         None, description="the same of prelude and coda: all, or each block's input; default block, unless remat = none"
@@ -448,9 +460,9 @@ def _expand_variant(value: Any) -> Any:
         return value
     overrides = dict(value)
     name = overrides.pop("variant")
-    if name not in VARIANTS:
-        raise SettingError("variant", name, f"unknown; accepted: {', '.join(VARIANTS)}")
-    return {**VARIANTS[name]().model_dump(), **overrides}
+    if name not in PRESETS:
+        raise SettingError("variant", name, f"unknown; accepted: {', '.join(PRESETS)}")
+    return {**PRESETS[name]().model_dump(), **overrides}
 
 
 class TrainingConfig(Section):
@@ -479,8 +491,8 @@ class TrainingConfig(Section):
                 self.data.sequence_length,
                 f"exceeds model.max_seq_len = {self.model.max_seq_len}",
             )
-        if (self.loop.cdl is not None or self.model.slu) and self.shallowest_step < 2:
-            idea = "model.slu" if self.model.slu else "loop.cdl"
+        if self._compares_depths and self.shallowest_step < 2:
+            idea = "model.slu" if self.model.slu else "loop.cdl" if self.loop.cdl is not None else "model.core = apex"
             raise SettingError(
                 "loop.min_loops", self.shallowest_step, f"{idea} compares two depths: every step needs 2 loops or more"
             )
@@ -532,12 +544,17 @@ class TrainingConfig(Section):
     def _check_stage_depth(self, key: str, mean_loops: int) -> None:
         """A stage's depth must be one that ``loop`` allows, and deep enough for the ideas that compare two depths."""
         lowest = self.loop.min_loops if self.loop.distribution != "fixed" else 1
-        if (self.loop.cdl is not None or self.model.slu) and self.loop.distribution == "fixed":
+        if self._compares_depths and self.loop.distribution == "fixed":
             lowest = 2
         highest = self.loop.max_loops
         if mean_loops < lowest or (highest is not None and mean_loops > highest):
             limits = f"at least {lowest}" + ("" if highest is None else f" and at most loop.max_loops = {highest}")
             raise SettingError(key, mean_loops, f"must be {limits}, as loop allows")
+
+    @property
+    def _compares_depths(self) -> bool:
+        """Whether every step reads the model at two depths or more."""
+        return self.loop.cdl is not None or self.model.slu or self.model.core == "apex"
 
     @property
     def mean_loops(self) -> int:
