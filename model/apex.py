@@ -11,7 +11,9 @@ Shapes: B batch, S prompt, N new tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +116,9 @@ class RefinementController:
         assert output.states_NBSD is not None
         scores_TBS = self.calibration.apply(output.refinement.judged_TBS2[..., CORRECT])
         states = output.states_NBSD.float()
-        moved = [torch.nan] + [
+        moved = [math.nan] + [
             float(((new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)).mean())
-            for old, new in zip(states[: steps - 1], states[1:steps], strict=True)
+            for old, new in pairwise(states[:steps])
         ]
         return [
             StepRecord(step + 1, output.read_logits_NBSV[step].argmax(-1), scores_TBS[step], moved[step])

@@ -6,8 +6,8 @@ r"""Apex's core: propose, review, refine, judge, remember; the same blocks again
     memory_(t+1), v_(t+1) = spiral(memory_t, p, r, f, score, v_t)             ``spiral_memory.py``
     read by the coda after T steps:  h_T + attention(norm(h_T), memory_T)
 
-Self-attention is causal, grouped, in a sliding window, and every n-th layer sees all (``IceConfig.window``, counted over
-the steps). The proposal, review and refinement of a step act on the rest of the model through the memory alone.
+Self-attention is causal, grouped, in a sliding window, and every n-th layer sees all (``IceConfig.window``, counted
+over the steps). The proposal, review and refinement of a step act on the rest of the model through the memory alone.
 
 A token may be given fewer than T steps while decoding, by its score (``ScoreSchedule``). Steps run on every rank alike
 in training.

@@ -233,8 +233,8 @@ class IceModel(nn.Module):
                 ``initial_state="random"``), such as the sample's number: it then has the same state on any ranks.
                 None: torch's generator.
             read_loops: Depths, each at most ``n_loops``, whose states and logits the output holds too.
-            probe_loop: Depth below ``n_loops`` at which the depth heads, or Apex's verifier, are compared with the loss;
-                needs ``slu`` or ``core = "apex"``, and ``targets``.
+            probe_loop: Depth below ``n_loops`` at which the depth heads, or Apex's verifier, meet the loss; needs
+                ``slu`` or ``core = "apex"``, and ``targets``.
             controller: Ends tokens before ``n_loops`` while decoding.
             only_last: Logits of the last token only, (B, 1, V): all that a prompt's reader wants.
             return_output: Return everything that was measured.

@@ -2,7 +2,7 @@ r"""The plain core: blocks with an ordinary residual stream, run T times.
 
     h_(t+1) = h_t + blocks(h_t)
 
-With one loop this is the transformer everybody knows, and with more it is one whose layers share their weights (Dehghani
+With one loop this is the transformer everybody knows, and with more one whose layers share their weights (Dehghani
 et al. 2018, "Universal Transformers"; Lan et al. 2019, ALBERT): no injection, no gate, no step embedding. It is here to
 be compared with.
 

@@ -18,6 +18,7 @@ from model.families import PRESETS
 from model.fp8 import Fp8Part, RecipeName
 from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
+from pretrain.tasks import AnyTask
 
 
 class Section(BaseModel):
@@ -41,9 +42,10 @@ class RunSection(Section):
 
 
 class SourceSection(Section):
-    """A data set, or some documents of one, as a part of the mixture (``pretrain/data/selection.py``)."""
+    """A data set, some documents of one, or a task, as a part of the mixture (``pretrain/data/source.py``)."""
 
-    path: str
+    path: str = Field("", description="a prepared data set; empty for a task")
+    task: AnyTask | None = Field(None, description="problems that are generated (``pretrain/tasks``)")
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default the folder's name")
     weight: float = Field(1.0, ge=0, description="share of the sequences, in proportion to the other sources'")
     max_epochs: int | None = Field(None, ge=1, description="then its weight goes to the others; null repeats for ever")
@@ -60,10 +62,16 @@ class SourceSection(Section):
     @property
     def label(self) -> str:
         """The name that stages, errors and tables use."""
-        return self.name or Path(self.path).name
+        return self.name or (Path(self.path).name if self.task is None else self.task.kind)
 
     @model_validator(mode="after")
     def _bounds_rise(self) -> SourceSection:
+        if (self.task is None) == (self.path == ""):
+            raise SettingError("path", self.path, "a source is a prepared data set (path) or a task, one of them")
+        if self.task is not None:
+            for key in ("domains", "min_document_tokens", "max_document_tokens", "difficulty", "difficulty_file"):
+                if getattr(self, key) is not None:
+                    raise SettingError(key, getattr(self, key), "chooses documents of a data set; a task has settings")
         if self.difficulty is not None and not 0 <= self.difficulty[0] < self.difficulty[1] <= 1:
             raise SettingError("difficulty", self.difficulty, "must be two rising quantiles in [0, 1]")
         if self.difficulty_file is not None and self.difficulty is None:
@@ -101,7 +109,7 @@ class DataSection(Section):
     first source's.
     """
 
-    path: str
+    path: str = Field(description="a prepared data set; empty where the first source is a task")
     sequence_length: int = Field(1024, ge=2, description="tokens a sequence; the longest one where stages shorten it")
     global_batch_size: int = Field(256, ge=1, description="sequences an optimizer step, over all ranks")
     sources: tuple[SourceSection, ...] = Field((), description="a mixture instead of one data set")
@@ -125,14 +133,22 @@ class DataSection(Section):
     def _path_of_first_source(cls, values: Any) -> Any:
         if isinstance(values, dict) and "path" not in values:
             sources = values.get("sources")
-            if isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], dict) and "path" in sources[0]:
-                return {**values, "path": sources[0]["path"]}
+            if isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], dict):
+                if "path" in sources[0]:
+                    return {**values, "path": sources[0]["path"]}
+                if "task" in sources[0]:
+                    return {**values, "path": ""}
         return values
 
     @property
     def all_sources(self) -> tuple[SourceSection, ...]:
         """The sources; of ``path`` alone the one it is."""
         return self.sources or (SourceSection(path=self.path),)
+
+    @property
+    def folders(self) -> list[str]:
+        """Every prepared data set that the section names, once."""
+        return sorted({path for path in (self.path, *(source.path for source in self.all_sources)) if path})
 
     @property
     def all_stages(self) -> tuple[ResolvedStage, ...]:
@@ -155,6 +171,8 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _mixture_fits(self) -> DataSection:
+        if not self.path and (not self.sources or self.sources[0].task is None):
+            raise SettingError("path", self.path, "must name a prepared data set, unless the first source is a task")
         labels = [source.label for source in self.all_sources]
         for index, label in enumerate(labels):
             if label in labels[:index]:

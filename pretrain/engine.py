@@ -429,7 +429,7 @@ class TrainingEngine:
         update_selection_biases(self.model, load_TLE.sum(dim=0), self.config.optim.expert_bias_update_rate)
 
     def injection_radius(self) -> float | None:
-        """Largest decay of the carried state, rho(A): below 1 by construction; None for a core without a linear part."""
+        """Largest decay of the carried state, rho(A): below 1 by construction; None where nothing decays linearly."""
         if not self.model.injections():
             return None
         parameters = [p for injection in self.model.injections() for p in injection.parameters()]

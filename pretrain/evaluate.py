@@ -33,7 +33,7 @@ from model import IceModel
 from model.loop_gain import measured_gain
 from model.token_loss import IGNORED_TARGET
 from pretrain.config import TrainingConfig
-from pretrain.data import Batch, HeldOut, held_out_sets, validation_batches
+from pretrain.data import AnyHeldOut, Batch, held_out_sets, validation_batches
 from pretrain.engine import TrainingEngine
 from pretrain.loaded_run import load_run
 from pretrain.plots import plot_depth_sweep
@@ -105,7 +105,9 @@ class Tally:
         )
 
 
-def combine(held_out: Sequence[HeldOut], tallies: Sequence[Tally], summed: Sequence[float] | None = None) -> Evaluation:
+def combine(
+    held_out: Sequence[AnyHeldOut], tallies: Sequence[Tally], summed: Sequence[float] | None = None
+) -> Evaluation:
     """The evaluation of data sets, the main one first, from their tallies or the tallies' ``summed`` values in a row.
 
     A source of which the evaluated sequences hold nothing is left out.
@@ -128,7 +130,7 @@ class Evaluator:
     ``eval.sequences`` is a limit for each data set.
     """
 
-    def __init__(self, config: TrainingConfig, held_out: Sequence[HeldOut]) -> None:
+    def __init__(self, config: TrainingConfig, held_out: Sequence[AnyHeldOut]) -> None:
         self._held_out = held_out
         self._batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
         self._limit = config.eval.sequences
