@@ -1,7 +1,8 @@
 """Named sizes of the families beside Ice: functions whose keyword arguments replace fields, as in ``variants.py``.
 
 ``apex_small`` is the size that Apex's description gives as its default; ``rrslm_1_5m`` and ``rrslm_800m`` are the two
-that RR-SLM's names. What the descriptions leave open (feed-forward widths, layers of the large one) is solved for the name.
+that RR-SLM's names. What the descriptions leave open (feed-forward widths, layers of the large one) is solved for the
+name.
 """
 
 from __future__ import annotations

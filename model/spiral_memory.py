@@ -3,11 +3,11 @@ r"""Apex's spiral memory: a few slots a position, rewritten a little by every st
     c = norm(W [norm(p); norm(r); norm(f); norm(v)] + (2 score - 1) w_s)        what a step compresses into
     g_k = sigmoid(G_c c + G_m norm(m_k) + b_k)                                  gate of slot k, for each channel
     m_k <- m_k + g_k * (c + d_k - m_k)                                          d_k, b_k of each slot
-    v <- v + rate * (f - v),    0 < rate < 1/4                                 the invariant, from v_0 = e
+    v <- v + rate * (f - v),    0 < rate < 1/4                               the invariant, from v_0 = e
 
-p, r, f: proposal, review, refinement of the step; ``score`` the verifier's; v the invariant *before* the step. The biases
-b_k fall from slot to slot, so the first slots follow the latest step and the last ones keep what many steps agreed
-on: the winding that gives the memory its name. Slots are convex mixtures of bounded things: bounded at any depth.
+p, r, f: proposal, review, refinement of the step; ``score`` the verifier's; v the invariant *before* the step. The
+biases b_k fall from slot to slot, so the first slots follow the latest step and the last ones keep what many steps
+agreed on: the winding that gives the memory its name. Slots are convex mixtures of bounded things, so bounded too.
 
 **Causal by construction.** The slots of a position are made from that position's own states and read by that position
 alone. What it knows of others came through causal self-attention, so no position sees a later one's memory, and

@@ -13,6 +13,7 @@ from pretrain.data.loader import PADDING_SAMPLE, Batch, BatchLoader, Prefetcher,
 from pretrain.data.sampler import Sampler, check_vocabulary, open_sampler, past_of
 from pretrain.data.sequences import Sample, TokenSequences
 from pretrain.data.source import AnyDataset, RowSource, open_main, open_source
+from pretrain.data.task_rows import TaskHeldOut, TaskRows
 from pretrain.data.validation import AnyHeldOut, HeldOut, held_out_sets, validation_batches
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "Sample",
     "Sampler",
     "SlowDataError",
+    "TaskHeldOut",
+    "TaskRows",
     "TokenSequences",
     "check_vocabulary",
     "held_out_sets",

@@ -7,8 +7,8 @@ will be asked. Each problem is a document, so that ``data.document_mask`` keeps 
 
 Held out is a fixed set of problems, the same for every run of the task.
 
-A generator has no end; an "epoch" of ``EPOCH_ROWS`` rows exists because a mixture counts in epochs, and the next one has
-other problems. ``max_epochs`` therefore limits rows, not repetition.
+A generator has no end; an "epoch" of ``EPOCH_ROWS`` rows exists because a mixture counts in epochs, and the next one
+has other problems. ``max_epochs`` therefore limits rows, not repetition.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def require_room(dataset: TaskDataset, length: int) -> None:
     longest = dataset.task.longest + 1
     if longest > length:
         raise BadInputError(
-            f"data.sequence_length = {length}: a problem of {dataset.folder} has up to {longest} tokens; use that or more"
+            f"data.sequence_length = {length}: a problem of {dataset.folder} has up to {longest} tokens; "
+            "use that or more"
         )
 
 

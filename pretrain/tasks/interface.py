@@ -1,7 +1,7 @@
 """What a task is: a family of problems, each a prompt and the one right answer, drawn from a generator.
 
-**Splits are fixed.** A problem is held out when a hash of its *identity* falls in the lowest ``validation_fraction``. The
-identity is what makes two problems the same for a learner (for addition: the operands, in any order), so neither a
+**Splits are fixed.** A problem is held out when a hash of its *identity* falls in the lowest ``validation_fraction``.
+The identity is what makes two problems the same for a learner (for addition: the operands, in any order), so neither a
 problem nor its mirror image is in both parts. The hash knows nothing of seeds: no run has ever trained on a problem
 that another run is scored on.
 
@@ -28,6 +28,7 @@ Split = Literal["train", "validation"]
 _STREAMS: dict[Split, int] = {"train": 0x7A5C_7241, "validation": 0x7A5C_0E57}
 # Problems of the wrong split in a row before the fraction must be wrong rather than the draw unlucky.
 _MOST_DRAWS = 100_000
+_IN_VAIN = 100
 
 
 class Problem(NamedTuple):
@@ -93,14 +94,17 @@ class Task(Section):
     def distinct_problems(self, split: Split, count: int) -> list[Problem]:
         """Up to ``count`` different problems of each difficulty, the same ones every time.
 
-        Where a difficulty has fewer (there are few sums of one digit) all that many draws have found.
+        A difficulty that has fewer (there are few sums of one digit) gives those it has, as far as they were found
+        before draws had nothing new to offer.
         """
         found: dict[str, dict[str, Problem]] = {name: {} for name in self.difficulties}
-        most_draws = 20 * count * len(found)
-        for number, problem in enumerate(self.problems(split, seed=0, stream=0)):
+        in_vain = dict.fromkeys(found, 0)  # draws in a row without a new problem
+        for problem in self.problems(split, seed=0, stream=0):
             of_difficulty = found[problem.difficulty]
-            if len(of_difficulty) < count:
-                of_difficulty.setdefault(problem.prompt, problem)
-            if number >= most_draws or all(len(each) == count for each in found.values()):
+            if problem.prompt in of_difficulty:
+                in_vain[problem.difficulty] += 1
+            elif len(of_difficulty) < count:
+                of_difficulty[problem.prompt], in_vain[problem.difficulty] = problem, 0
+            if all(len(of) == count or in_vain[name] > _IN_VAIN + 10 * len(of) for name, of in found.items()):
                 break
         return [problem for of_difficulty in found.values() for problem in of_difficulty.values()]
