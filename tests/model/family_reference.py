@@ -1,4 +1,4 @@
-"""Apex's and RR-SLM's loops once more: float64, position by position, from the formulas; ``model`` gives weights only."""
+"""Apex's and RR-SLM's loops once more: float64, position by position, by the formulas; ``model`` gives weights only."""
 
 from __future__ import annotations
 

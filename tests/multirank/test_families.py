@@ -157,9 +157,8 @@ def test_a_task_is_trained_cut_resumed_and_scored(
 
     alone = steps_of(pool_of(1).run(job, values=changed(task_values, "alone")))
     assert same_steps(alone, unbroken)
-    # Ranks have different numbers of answers in their rows, and each rank's mean counts the same.
     losses = [[line["loss"] for line in lines_of(task_values, name) if "loss" in line] for name in ("alone", "cut")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
     run = Path(task_values["run"]["dir"]) / "unbroken"
     last = lines_of(task_values, "unbroken")[-1]
