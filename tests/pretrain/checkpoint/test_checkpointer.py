@@ -281,7 +281,7 @@ def test_a_resume_with_another_identity_names_the_change(tmp_path: Path, changed
 def test_a_checkpoint_of_before_a_field_existed_has_its_default(tmp_path: Path) -> None:
     Run(tmp_path).save(1)
     assert Run(tmp_path, replace(IDENTITY, model={"dim": 64, "core": "ice", "msrd_scales": [1]})).resumed is not None
-    with pytest.raises(BadInputError, match="model.core was 'ice', is 'plain'"):
+    with pytest.raises(BadInputError, match=r"model\.core was 'ice', is 'plain'"):
         Run(tmp_path, replace(IDENTITY, model={"dim": 64, "core": "plain"}))
 
 
