@@ -75,8 +75,8 @@ class LoopedExpertLayer(AutoEPMoELayer):
             return super()._forward(hidden_states)
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         routes = self.router(x_ND, self.expert_bias)
-        choices_NKD = self._locally(x_ND, routes) if self.ep_size == 1 else self._over_ranks(x_ND, routes)
-        output_BSD = mix(choices_NKD, routes.gates_NK).view_as(hidden_states)
+        rows_RD, plan = self._locally(x_ND, routes) if self.ep_size == 1 else self._over_ranks(x_ND, routes)
+        output_BSD = mix(rows_RD, plan, routes.gates_NK).view_as(hidden_states)
         return self._finalize_output(output_BSD, x_ND, hidden_states, hidden_states.shape[-1])
 
     def why_stock(self) -> str | None:
@@ -97,22 +97,22 @@ class LoopedExpertLayer(AutoEPMoELayer):
         output_RD: Tensor = self.experts(rows_RD, ends_L.diff(prepend=ends_L.new_zeros(1)))
         return output_RD
 
-    def _locally(self, x_ND: Tensor, routes: Routes) -> Tensor:
-        """The outputs of every choice, (N, K, D), where this rank holds all experts."""
+    def _locally(self, x_ND: Tensor, routes: Routes) -> tuple[Tensor, DispatchPlan]:
+        """The experts' outputs, (R, D), and where they lie, where this rank holds all experts."""
         alignment = self._alignment(x_ND)
         plan = remat.keep("routes", lambda: plan_dispatch(routes, alignment))
-        return collect(self._run_experts(dispatch(x_ND, plan), plan), plan)
+        return self._run_experts(dispatch(x_ND, plan), plan), plan
 
-    def _over_ranks(self, x_ND: Tensor, routes: Routes) -> Tensor:
-        """The outputs of every choice, (N, K, D), where each rank holds L experts."""
+    def _over_ranks(self, x_ND: Tensor, routes: Routes) -> tuple[Tensor, DispatchPlan]:
+        """The experts' outputs, (R, D), and where they lie, where each rank holds L experts."""
         alignment = self._alignment(x_ND)
         plan = remat.keep("routes", lambda: self._plan_exchange(routes, alignment))
         sent, received = plan.splits.input_splits, plan.splits.output_splits
         exchange = _Fp8Exchange if self.fp8_dispatch else _Exchange
         rows_MD = exchange.apply(dispatch(x_ND, plan.to_ranks), self.ep_group, sent, received)
         output_RD = self._run_experts(dispatch(rows_MD, plan.to_experts), plan.to_experts)
-        rows_MD = collect(output_RD, plan.to_experts).squeeze(1)
-        return collect(_Exchange.apply(rows_MD, self.ep_group, received, sent), plan.to_ranks)
+        rows_MD = collect(output_RD, plan.to_experts)
+        return _Exchange.apply(rows_MD, self.ep_group, received, sent), plan.to_ranks
 
     def _plan_exchange(self, routes: Routes, alignment: int) -> ExchangePlan:
         splits = compute_split_plan(
