@@ -1,5 +1,10 @@
 """What a run costs: the numbers in which two runs can be called equal.
 
+    python launch/budget.py configs/baselines/flops.json
+
+makes the members of a comparison equal (``launch/comparison.py``) and shows their budgets, or refuses the comparison
+with one line and status 78. ``launch/sweep.py`` trains them.
+
 Parameters and FLOPs are the plan's (``launch/planning``), which tests hold to the model and to torch's counter. The
 FLOPs are those of the loops that the run really executes: depth is drawn from (seed, step), so they are known before it
 starts. Recomputation is counted apart, since it buys memory and no learning.
@@ -7,16 +12,22 @@ starts. Recomputation is counted apart, since it buys memory and no learning.
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.planning.flops import model_flops, total_flops, training_flops
 from launch.planning.run import planned_run
 from launch.planning.weights import active_parameters, model_weights
-from launch.settings import BadInputError
+from launch.settings import EXIT_FINISHED, BadInputError, exit_with_status
 
 if TYPE_CHECKING:
     from pretrain.config import TrainingConfig
@@ -103,3 +114,24 @@ def _refuse_stages(config: TrainingConfig, source: str) -> None:
         raise BadInputError(
             f"{source}: data.stages: a budget is counted for runs without a curriculum; remove the stages"
         )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    from rich.console import Console
+
+    from launch.comparison import budget_table, load_comparison, solved_budgets
+
+    parser = argparse.ArgumentParser(description="Make the members of a comparison equal, and show their budgets.")
+    parser.add_argument("comparison", type=Path, metavar="FILE", help="such as configs/baselines/flops.json")
+    options = parser.parse_args(arguments)
+    comparison = load_comparison(options.comparison)
+    members = solved_budgets(comparison, options.comparison)
+    # A row is longer than a terminal that nobody has widened.
+    width = None if sys.stdout.isatty() else 170
+    Console(width=width, highlight=False).print(budget_table(comparison, members))
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    exit_with_status(main)

@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         return submit_sweep(options.config, options.site, options.dry_run, options.parallel)
     sweep, folders = load_sweep(options.config, options.parallel)
-    console = Console(soft_wrap=True, highlight=False)
+    # A row is longer than a terminal that nobody has widened.
+    console = Console(width=None if sys.stdout.isatty() else 170, soft_wrap=True, highlight=False)
     if options.cell is not None:
         return _prepare_cell(options.config, folders, options.cell)
     if options.dry_run or options.collect:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.budget import Budget, budget_of, steps_for_flops
-from launch.settings import BadInputError, apply_overrides, parse_settings, read_json_object
+from launch.comparison import check_equal, load_comparison, solve
+from launch.settings import BadInputError, apply_overrides, as_overrides, parse_settings, read_json_object
 from launch.sweeping.settings import SweepSettings
 
 if TYPE_CHECKING:
@@ -52,15 +51,24 @@ def expand_grid(sweep: SweepSettings, source: Path) -> list[Cell]:
     Raises ``BadInputError`` when a cell's configuration is none, cannot run on ``ranks`` ranks, or whole steps miss its
     tokens or FLOPs by more than the tolerance.
     """
+    comparison = None
+    if sweep.comparison is not None:
+        comparison = load_comparison(Path(sweep.comparison))
+        sizes = solve(comparison, Path(sweep.comparison))
+        sweep = sweep.model_copy(update={"config": comparison.config, "set": comparison.set, "sizes": sizes})
     base = read_json_object(Path(sweep.config))
-    apply_overrides(base, _as_overrides(sweep.set.items()))
+    apply_overrides(base, as_overrides(sweep.set))
     amounts: list[tuple[int | None, float | None]] = (
         [(tokens, None) for tokens in sweep.tokens] or [(None, flops) for flops in sweep.flops] or [(None, None)]
     )
     axes = itertools.product(amounts, sweep.sizes, sweep.mean_loops or (None,), sweep.seeds)
-    return [
+    cells = [
         _make_cell(sweep, source, base, size, tokens, flops, loops, seed) for (tokens, flops), size, loops, seed in axes
     ]
+    for seed in sweep.seeds if comparison is not None else ():
+        budgets = {cell.size: cell.budget for cell in cells if cell.seed == seed}
+        check_equal(comparison, budgets, Path(sweep.comparison))
+    return cells
 
 
 def _make_cell(
@@ -78,12 +86,12 @@ def _make_cell(
     name = _cell_name(size, tokens, flops, loops, seed)
     place = f"{source}: cell {name}"
     values = copy.deepcopy(base)
-    apply_overrides(values, _as_overrides(sweep.sizes[size].items()))
+    apply_overrides(values, as_overrides(sweep.sizes[size]))
     own: dict[str, Any] = {"run.name": name, "run.dir": str(sweep.path), "run.seed": seed}
     own["logging.wandb_group"] = sweep.name
     if loops is not None:
         own |= {"loop.mean_loops": loops, "loop.max_loops": None, "model.max_loop_iters": loops}
-    apply_overrides(values, _as_overrides(own.items()))
+    apply_overrides(values, as_overrides(own))
 
     def resolve(steps: int | None) -> TrainingConfig:
         changes: dict[str, Any] = {}
@@ -92,7 +100,7 @@ def _make_cell(
             if sweep.warmup_fraction is not None:
                 changes["schedule.warmup_steps"] = int(sweep.warmup_fraction * steps)
         chosen = copy.deepcopy(values)
-        apply_overrides(chosen, _as_overrides(changes.items()))
+        apply_overrides(chosen, as_overrides(changes))
         return parse_settings(TrainingConfig, chosen, place)
 
     if tokens is None and flops is None:
@@ -147,8 +155,3 @@ def _scientific(number: float) -> str:
     """``number`` without loss: 3e12, 2.5e15."""
     digits, exponent = f"{number:.11e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def _as_overrides(settings: Iterable[tuple[str, Any]]) -> list[str]:
-    """Settings as ``--set`` takes them, so that both ways into a configuration are one."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings]

@@ -12,7 +12,8 @@
 
 A size is a name and the settings that make it. ``flops`` are levels of an isoFLOP study: each cell of a level trains on
 as many tokens as its training FLOPs pay for. ``tokens`` gives every cell the same instead. With neither, a cell trains
-for the configuration's own ``schedule.steps``.
+for the configuration's own ``schedule.steps``. A ``comparison`` in place of configuration and sizes trains the members
+of ``configs/baselines/``.
 """
 
 from __future__ import annotations
@@ -24,18 +25,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    JsonValue,
     PositiveFloat,
     PositiveInt,
-    StringConstraints,
     model_validator,
 )
 
+from launch.comparison import Name, Settings
 from launch.settings import SettingError
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Key = Annotated[str, StringConstraints(pattern=r"^[a-z_]+(\.[a-z0-9_]+)+$")]
-Settings = dict[Key, JsonValue]
 
 # What the sweep itself decides for each cell.
 OWN_KEYS = ("run.name", "run.dir", "run.seed", "logging.wandb_group", "logging.wandb_id", "logging.annotations")
@@ -48,9 +44,10 @@ class SweepSettings(BaseModel):
 
     name: Name
     dir: str = "runs"
-    config: str = Field(description="the base configuration's file")
+    config: str = Field("", description="the base configuration's file")
+    comparison: str | None = Field(None, description="instead of config, set and sizes: see launch/comparison.py")
     set: Settings = Field(default_factory=dict, description="settings of every cell, as --set section.key=value")
-    sizes: dict[Name, Settings] = Field(min_length=1)
+    sizes: dict[Name, Settings] = Field(default_factory=dict)
     tokens: tuple[PositiveInt, ...] = ()
     flops: tuple[PositiveFloat, ...] = Field((), description="training FLOPs of a cell: forward and backward")
     mean_loops: tuple[PositiveInt, ...] = Field(
@@ -71,6 +68,14 @@ class SweepSettings(BaseModel):
 
     @model_validator(mode="after")
     def _axes_agree(self) -> SweepSettings:
+        if self.comparison is not None:
+            for key in ("config", "set", "sizes", "tokens", "flops", "mean_loops", "warmup_fraction"):
+                if getattr(self, key):
+                    raise SettingError(key, getattr(self, key), "the comparison decides it; remove it, or comparison")
+        else:
+            for key in ("config", "sizes"):
+                if not getattr(self, key):
+                    raise SettingError(key, getattr(self, key), "is needed, or comparison in its place")
         if self.tokens and self.flops:
             raise SettingError("flops", list(self.flops), "FLOPs decide the tokens; give tokens or flops, not both")
         for axis in ("tokens", "flops", "mean_loops", "seeds"):
