@@ -19,7 +19,7 @@ steps = plan["schedule"]["steps"]
 starts = run / "starts"
 number = len(starts.read_text()) if starts.exists() else 0
 starts.write_text("x" * (number + 1))
-script = json.loads((run.parent.parent / "script.json").read_text()).get(run.name, [])
+script = json.loads((run.parents[2] / "script.json").read_text()).get(run.name, [])
 action = script[number] if number < len(script) else "finish"
 
 def reach(step, evaluated=False):
