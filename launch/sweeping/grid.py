@@ -65,9 +65,9 @@ def expand_grid(sweep: SweepSettings, source: Path) -> list[Cell]:
     cells = [
         _make_cell(sweep, source, base, size, tokens, flops, loops, seed) for (tokens, flops), size, loops, seed in axes
     ]
-    for seed in sweep.seeds if comparison is not None else ():
-        budgets = {cell.size: cell.budget for cell in cells if cell.seed == seed}
-        check_equal(comparison, budgets, Path(sweep.comparison))
+    if comparison is not None:
+        for seed in sweep.seeds:  # it draws other depths
+            check_equal(comparison, {cell.size: cell.budget for cell in cells if cell.seed == seed}, source)
     return cells
 
 
