@@ -434,10 +434,16 @@ class LoggingSection(Section):
 
     console_every: int = Field(10, ge=1, description="steps between lines where the console is not a terminal")
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto is online when a key is set, offline otherwise"
+        "auto", description="auto is WANDB_MODE where that is set, else online with a key and offline without"
     )
     wandb_project: str = "ice"
     wandb_group: str | None = None
+    wandb_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+$", description="of the W&B run; null is a random one, kept in the checkpoints"
+    )
+    annotations: dict[str, str | int | float] = Field(
+        default_factory=dict, description="what trackers show beside the settings, such as a sweep's budget; no effect"
+    )
     tensorboard: bool = True
     plot: bool = True
 
