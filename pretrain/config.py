@@ -308,6 +308,14 @@ class ParallelSection(Section):
     expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
         "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
     )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="who attends where a window or documents hide keys; auto is flex on CUDA where it proves itself",
+    )
+    row_moves: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="who moves rows between tokens and experts on a rank; auto is triton on CUDA, torch elsewhere",
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"

@@ -292,11 +292,14 @@ class TrainingEngine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
+        from pretrain.attention_kernel import choose_attention
         from pretrain.expert_compute import adopt_engine_experts, expert_product
         from pretrain.expert_layer import adopt_expert_layers
         from pretrain.lean_zero import adopt_lean_zero
+        from pretrain.row_moves import choose_moves
 
         product = expert_product(config.parallel.expert_backend)
+        row_moves = choose_moves(config.parallel.row_moves, get_accelerator().device_name())
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         restrict_unpickling()
         prepare_rendezvous(place)
@@ -343,7 +346,7 @@ class TrainingEngine:
         adopt_engine_experts(self.model, product)
         fp8_dispatch = config.parallel.fp8_dispatch
         # Why the engine's own layer runs; None: ours does.
-        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, fp8_dispatch)
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, row_moves.moves, fp8_dispatch)
         if fp8_dispatch and self.stock_expert_layer is not None:
             raise BadInputError(
                 f"parallel.fp8_dispatch = true: {self.stock_expert_layer}, which cannot; set it to false"
@@ -351,6 +354,12 @@ class TrainingEngine:
         if fp8_dispatch:
             self.fp8.append("rows travel to their experts in 8 bits, and back in " + self.precision.name)
         adopt_lean_zero(self._engine.optimizer)
+        self.kernels: list[str] = []  # what was chosen for this machine, for the log
+        attention = choose_attention(config, self.device, self.precision.dtype, self.sum_over_ranks)
+        self.model.set_attention_kernel(attention.kernel)
+        self.kernels.append(f"attention: {attention.reason}")
+        if config.model.n_experts:
+            self.kernels.append(f"rows of experts are moved by {row_moves.reason}")
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 
