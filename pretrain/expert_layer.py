@@ -23,8 +23,8 @@ With ``parallel.fp8_dispatch`` the rows of 4 travel in eight bits (``model/fp8/w
 back (7) and both gradients stay in the run's dtype: they are sums in the making, of K choices and of T loops.
 
 The layer's ``tokens_per_expert`` buffer stays zero: nothing reads it but AutoEP's own balancing, which is off
-(``model/expert_load.py`` counts by loop). With DeepEP as the transport, or folded tensor parallelism, the engine's own
-forward runs.
+(``model/expert_load.py`` counts by loop). With DeepEP as the transport it takes the place of 2 to 5, 7 and 8
+(``deepep_transport.py``). With folded tensor parallelism the engine's own forward runs.
 
 Shapes: N tokens, K choices a token, D width, R rows sent (N * K), M rows received, E experts, L experts of this rank.
 """
@@ -46,6 +46,7 @@ from model.expert_parallel import SELECTION_BIAS, routed_layers
 from model.fp8 import pack_rows, unpack_rows
 from model.grouped_product import GroupedProduct
 from model.moe import Choice, DispatchPlan, Routes, plan_dispatch, route, row_alignment
+from pretrain import deepep_transport
 from pretrain.row_moves import RowMoves, torch_moves
 
 
@@ -78,13 +79,16 @@ class LoopedExpertLayer(AutoEPMoELayer):
             return super()._forward(hidden_states)
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         routes = self.router(x_ND, self.expert_bias)
-        output_ND = self._locally(x_ND, routes) if self.ep_size == 1 else self._over_ranks(x_ND, routes)
+        if self.ep_size == 1:
+            output_ND = self._locally(x_ND, routes)
+        elif self.comm_backend == COMM_BACKEND:
+            output_ND = self._over_ranks(x_ND, routes)
+        else:
+            output_ND = self._by_deepep(x_ND, routes)
         return self._finalize_output(output_ND.view_as(hidden_states), x_ND, hidden_states, hidden_states.shape[-1])
 
     def why_stock(self) -> str | None:
         """Why the engine's own forward runs; None when ours does."""
-        if self.ep_size > 1 and self.comm_backend != COMM_BACKEND:
-            return f"rows travel by {self.comm_backend}"
         handles = self.folding_group_handles
         if handles is not None and handles.spec.tp_size > 1:
             return "experts are folded with tensor parallelism"
@@ -117,6 +121,18 @@ class LoopedExpertLayer(AutoEPMoELayer):
         rows_MD = self.moves.collect(output_RD, plan.to_experts)
         rows_RD = _Exchange.apply(rows_MD, self.ep_group, received, sent)
         return self.moves.combine(rows_RD, plan.to_ranks, routes.gates_NK)
+
+    def _by_deepep(self, x_ND: Tensor, routes: Routes) -> Tensor:
+        """The gated sums, (N, D), where DeepEP moves rows between ranks."""
+        exchange = deepep_transport.exchange_of(self, x_ND.shape[0])
+        rows_MD, gates_M, layout = deepep_transport.dispatch(exchange, x_ND, routes)
+        alignment = self._alignment(x_ND)
+        plan = remat.keep(
+            "routes", lambda: plan_dispatch(deepep_transport.received(layout, rows_MD.shape[0]), alignment)
+        )
+        output_RD = self._run_experts(self.moves.dispatch(rows_MD, plan), plan)
+        rows_MD = self.moves.combine(output_RD, plan, gates_M.unsqueeze(1))
+        return deepep_transport.combine(exchange, rows_MD, layout)
 
     def _plan_exchange(self, routes: Routes, alignment: int) -> ExchangePlan:
         splits = compute_split_plan(
