@@ -13,6 +13,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from model import IceConfig
 from model.attention.causal import Memory, attention_mask, causal_attention
 from model.attention.flex import BLOCK, _blocks_seen, block_mask, probe, windowed_attention_and_lse
+from model.expert_parallel import set_expert_product
+from model.grouped_product import loop
 
 STRUCTURES = {
     "gqa": IceConfig(recurrent_layers=2, qk_norm=True),
@@ -96,6 +98,7 @@ def test_every_attention_is_the_same_model_by_blocks(gradients_on_cpu: None, str
     torch.manual_seed(5)
     config = STRUCTURES[structure].scaled_down()
     model = amplified(config, logits=True).double()
+    set_expert_product(model, loop)  # the grouped kernel knows no float64
     model.set_remat(remat)
     ids = torch.randint(0, config.vocab_size, (2, 40))
     documents_BS = torch.tensor([[0] * 21 + [1] * 19, [3] * 5 + [1] * 35])
