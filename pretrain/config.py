@@ -308,7 +308,18 @@ class ParallelSection(Section):
     expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
         "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
     )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="who attends where a window or documents hide keys; auto is flex on CUDA where it proves itself",
+    )
+    row_moves: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="who moves rows between tokens and experts on a rank; auto is triton on CUDA, torch elsewhere",
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
+    comm_backend: Literal["default", "deepep"] = Field(
+        "default", description="what carries rows to the experts of other ranks: all-to-alls of the backend, or DeepEP"
+    )
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
     )
@@ -320,6 +331,12 @@ class ParallelSection(Section):
     def _stage_allows(self) -> ParallelSection:
         if self.fp8_dispatch and self.expert_parallel_size == 1:
             raise SettingError("fp8_dispatch", True, "expert_parallel_size = 1 sends no rows to other ranks")
+        if self.comm_backend == "deepep" and self.expert_parallel_size == 1:
+            raise SettingError("comm_backend", "deepep", "expert_parallel_size = 1 sends no rows to other ranks")
+        if self.comm_backend == "deepep" and self.fp8_dispatch:
+            raise SettingError(
+                "comm_backend", "deepep", 'packs no rows in eight bits; use "default" or no fp8_dispatch'
+            )
         if self.zero_init and self.zero_stage != 3:
             raise SettingError("zero_init", True, f"needs zero_stage = 3, not {self.zero_stage}")
         if self.offload_parameters != "none" and self.zero_stage != 3:

@@ -160,6 +160,9 @@ def _expert_parallel_section(config: TrainingConfig) -> dict[str, Any]:
         "route_scale": model.route_scale,
         "has_shared_experts": model.n_shared_experts > 0,
     }
+    if config.parallel.comm_backend == "deepep":
+        sequences = max(config.parallel.micro_batch_size, config.eval.micro_batch_size or 0)
+        section.update(comm_backend="deepep", comm_max_tokens_per_rank=sequences * config.data.sequence_length)
     if model.n_shared_experts > 0:
         section["shared_experts_pattern"] = SHARED_EXPERTS
     if model.moe_n_groups > 1:
@@ -292,11 +295,15 @@ class TrainingEngine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
+        from pretrain.attention_kernel import choose_attention
+        from pretrain.deepep_transport import check_deepep
         from pretrain.expert_compute import adopt_engine_experts, expert_product
         from pretrain.expert_layer import adopt_expert_layers
         from pretrain.lean_zero import adopt_lean_zero
+        from pretrain.row_moves import choose_moves
 
         product = expert_product(config.parallel.expert_backend)
+        row_moves = choose_moves(config.parallel.row_moves, get_accelerator().device_name())
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         restrict_unpickling()
         prepare_rendezvous(place)
@@ -306,6 +313,8 @@ class TrainingEngine:
         self.precision = choose_precision(config.precision.dtype, accelerator.device_name())
         if self.precision.name == "fp16" and not accelerator.is_fp16_supported():
             raise BadInputError(f'precision.dtype = "fp16": this {accelerator.device_name()} has none; use "auto"')
+        if config.parallel.comm_backend == "deepep":
+            check_deepep(self.precision.dtype, accelerator.device_name())
         fp8 = fp8_choice(config, accelerator.device_name(), self.precision)
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
         _unlink_shared_memory(place)
@@ -343,7 +352,7 @@ class TrainingEngine:
         adopt_engine_experts(self.model, product)
         fp8_dispatch = config.parallel.fp8_dispatch
         # Why the engine's own layer runs; None: ours does.
-        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, fp8_dispatch)
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, row_moves.moves, fp8_dispatch)
         if fp8_dispatch and self.stock_expert_layer is not None:
             raise BadInputError(
                 f"parallel.fp8_dispatch = true: {self.stock_expert_layer}, which cannot; set it to false"
@@ -351,6 +360,14 @@ class TrainingEngine:
         if fp8_dispatch:
             self.fp8.append("rows travel to their experts in 8 bits, and back in " + self.precision.name)
         adopt_lean_zero(self._engine.optimizer)
+        self.kernels: list[str] = []  # what was chosen for this machine, for the log
+        attention = choose_attention(config, self.device, self.precision.dtype, self.sum_over_ranks)
+        self.model.set_attention_kernel(attention.kernel)
+        self.kernels.append(f"attention: {attention.reason}")
+        if config.model.n_experts:
+            self.kernels.append(f"rows of experts are moved by {row_moves.reason}")
+        if config.parallel.comm_backend == "deepep":
+            self.kernels.append("rows travel between ranks by DeepEP, in its deterministic mode")
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 

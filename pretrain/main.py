@@ -205,7 +205,7 @@ def _train_watched(
     for notice in notices:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
-    for line in engine.fp8:
+    for line in (*engine.kernels, *engine.fp8):
         log.say(line)
     loader = BatchLoader(
         sampler,

@@ -151,7 +151,8 @@ def main() -> int:
         problems.append("no resume after the checkpoint")
     for line, other in zip(lines, again, strict=True):
         problems += [f"{key} of step {line['step']}" for key in REPEATED if line[key] != other[key]]
-    table = Table(title=f"ice_1b on two ranks, states in {options.states}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}")
+    threads = os.environ.get("OMP_NUM_THREADS", "default")
+    table = Table(title=f"ice_1b on two ranks, states in {options.states}, OMP_NUM_THREADS={threads}")
     for column in ("step", "loss", "grad norm", "loops", "seconds"):
         table.add_column(column, justify="right")
     for line in lines:
@@ -169,7 +170,7 @@ def main() -> int:
             f"the machine had at least {part['least_available_bytes'] / 2**30:.1f} GiB left"
         )
     print(f"a checkpoint: {size / 2**30:.1f} GiB")
-    print("pass  steps 4 and 5 after the resume equal the first ones to the bit" if not problems else f"FAIL  {problems}")
+    print(f"FAIL  {problems}" if problems else "pass  steps 4 and 5 after the resume equal the first ones to the bit")
     if options.json is not None:
         figures = [{k: v for k, v in part.items() if k != "output"} for part in (whole, resumed)]
         result = {"steps": lines, "whole": figures[0], "resumed": figures[1], "checkpoint_bytes": size}
