@@ -44,7 +44,7 @@ def test_a_cpu_writes_the_mask_out_and_says_why(overrides: list[str], hidden: st
     assert choice.reason.endswith(
         f"the mask of {hidden} written out (flex_attention: no kernels for both directions on cpu)"
     )
-    with pytest.raises(BadInputError, match='parallel.attention = "flex": no kernels for both directions on cpu; use'):
+    with pytest.raises(BadInputError, match=r'parallel.attention = "flex": no kernels for both directions on cpu; use'):
         chosen(*overrides, "parallel.attention=flex")
 
 
