@@ -36,9 +36,14 @@ def sweep_lock(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process and those that inherit it; false when others have it."""
+    """Lock an open file for this process and those that inherit it; false when others have it.
+
+    Raises ``BadInputError`` on a file system without locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise BadInputError(f"{file.name}: cannot be locked ({error.strerror}); choose a dir that has locks") from None
     return True
