@@ -166,8 +166,8 @@ def _disagreement(device: torch.device, dtype: torch.dtype, head_dim: int, value
     found = []
     with torch.enable_grad():
         for attend in (
-            lambda *qkv: windowed_attention(*qkv, scale, mask),
-            lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=seen, scale=scale, enable_gqa=True),
+            lambda q, k, v: windowed_attention(q, k, v, scale, mask),
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True),
         ):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             out = attend(*leaves)

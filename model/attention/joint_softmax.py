@@ -107,7 +107,8 @@ def _joined(
     out = sequence_BGRSC * (lse_BGRS - joint_BGRS).exp().unsqueeze(-1)
     for score, (_, value) in zip(scores, _pairs(own), strict=True):
         out = torch.addcmul(out, (score - joint_BGRS).exp().unsqueeze(-1), _wide(value).unsqueeze(2))
-    return out.flatten(1, 2).to(q.dtype)
+    joined: torch.Tensor = out.flatten(1, 2).to(q.dtype)
+    return joined
 
 
 class _JointSoftmax(torch.autograd.Function):

@@ -24,7 +24,7 @@ SAFE: dict[str, dict[str, Any]] = {
     "experts on one rank": {"moe_n_groups": 4, "moe_topk_groups": 2},
     "two layers, QK-norm, window": {"recurrent_layers": 2, "qk_norm": True, "sliding_window": 8},
     "mla": {"attn_type": "mla"},
-    "moda": {"attn_type": "moda_v2", "moda_history_window": 2},
+    "moda": {"attn_type": "moda_v2", "n_kv_heads": 4, "moda_history_window": 2},
     "gated loops": {"kv_policy": "gated"},
     "scales, halting, adapters": {"msrd_scales": (1, 2), "act": True, "lora_rank": 4},
 }

@@ -44,7 +44,7 @@ def test_a_cpu_writes_the_mask_out_and_says_why(overrides: list[str], hidden: st
     assert choice.reason.endswith(
         f"the mask of {hidden} written out (flex_attention: no kernels for both directions on cpu)"
     )
-    with pytest.raises(BadInputError, match=r'parallel.attention = "flex": no kernels for both directions on cpu; use'):
+    with pytest.raises(BadInputError, match=r'parallel\.attention = "flex": no kernels for both directions on cpu'):
         chosen(*overrides, "parallel.attention=flex")
 
 
@@ -65,7 +65,7 @@ def test_flex_runs_where_every_rank_can(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rows_are_moved_by_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_moves("auto", "cpu").moves is torch_moves
-    with pytest.raises(BadInputError, match=r'parallel.row_moves = "triton": cpu has no Triton kernels; use "auto"'):
+    with pytest.raises(BadInputError, match=r'parallel\.row_moves = "triton": cpu has no Triton kernels; use "auto"'):
         choose_moves("triton", "cpu")
     monkeypatch.setattr(fused, "is_available", lambda: True)
     assert isinstance(choose_moves("auto", "cuda").moves, TritonMoves)
