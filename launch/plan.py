@@ -73,6 +73,8 @@ def plan_of(path: Path, options: argparse.Namespace) -> Plan:
     from pretrain.config import TrainingConfig, check_topology
 
     config = load_settings(TrainingConfig, path, options.overrides)
+    if config.model.core != "ice":
+        raise BadInputError(f"{path}: model.core = {config.model.core}: the plan knows core = ice only")
     gpu = GPUS[options.gpu]
     gpus = options.gpus or slurm_gpus(config.run.name) or gpu.per_node
     if gpus < 1:

@@ -445,8 +445,10 @@ class TrainingEngine:
         """Move every selection bias one step against the load summed over loops."""
         update_selection_biases(self.model, load_TLE.sum(dim=0), self.config.optim.expert_bias_update_rate)
 
-    def injection_radius(self) -> float:
-        """Largest decay of the carried state, rho(A): below 1 by construction."""
+    def injection_radius(self) -> float | None:
+        """Largest decay of the carried state, rho(A): below 1 by construction; None where nothing decays linearly."""
+        if not self.model.injections():
+            return None
         parameters = [p for injection in self.model.injections() for p in injection.parameters()]
         with self._zero.GatheredParameters(parameters, enabled=self.config.parallel.zero_stage == 3):
             return self.model.get_spectral_radius()
