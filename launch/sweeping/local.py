@@ -33,7 +33,7 @@ import psutil
 
 from launch import retry_budget
 from launch.environment import free_port, name_accelerator
-from launch.settings import EXIT_BAD_INPUT
+from launch.settings import EXIT_BAD_INPUT, BadInputError
 from launch.sweeping.folder import LOCK, LOG, CellFolder
 from launch.sweeping.lock import try_lock
 from launch.sweeping.settings import SweepSettings
@@ -127,11 +127,16 @@ class LocalRunner:
     def __init__(
         self, sweep: SweepSettings, folders: list[CellFolder], say: Say, finished: Callable[[CellFolder], None]
     ) -> None:
-        """``say`` takes a line for people; ``finished`` is called after a cell has become so."""
+        """``say`` takes a line for people; ``finished`` is called after a cell has become so.
+
+        Raises ``BadInputError`` when this machine has GPUs, but fewer than a cell has ranks.
+        """
         self.runs = [CellRun(folder, "finished" if folder.is_finished() else "waiting") for folder in folders]
         self._sweep, self._say, self._finished = sweep, say, finished
         self._job = f"sweep-{secrets.token_hex(4)}"  # retries are counted anew by each start of a sweep
         self._devices = _devices()
+        if self._devices and len(self._devices) < sweep.ranks:
+            raise BadInputError(f"ranks = {sweep.ranks}: cells here can have {len(self._devices)} GPUs at most")
 
     def run(self, stop: Stop, each_poll: Callable[[], None] = lambda: None) -> None:
         """Until no cell can go on, or, once ``stop`` is set, until the running ones have saved and ended."""
@@ -226,7 +231,7 @@ class LocalRunner:
         if self._devices:
             first = slot * ranks
             mine = [self._devices[number % len(self._devices)] for number in range(first, first + ranks)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         return environment
 
 

@@ -20,7 +20,7 @@ from tiny_sweep import base_settings
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(900)]
 
-STEPS = 300
+STEPS = 150
 
 
 def start_sweep(root: Path, path: Path) -> subprocess.Popen[str]:

@@ -25,7 +25,7 @@ from launch.sweep import main
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
-STEPS, EVERY = 400, 20
+STEPS, EVERY = 200, 20
 START_SECONDS = 240
 SIZES = {
     "finished": {"schedule.steps": 10},

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from tiny_sweep import base_settings
 
 from launch.settings import BadInputError
 from launch.sweep import load_sweep, main
+from launch.sweeping import local
 from launch.sweeping.folder import LOCK, PLAN
+from launch.sweeping.local import training_command
 
 WriteSweep = Callable[..., Path]
 StandIn = Callable[..., None]
@@ -213,3 +216,33 @@ def test_a_cell_of_an_array_is_prepared_unless_it_is_finished(
     capsys.readouterr()
     assert main([str(path), "--cell", "1"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_each_cell_has_gpus_of_its_own(
+    write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = """
+import json, os, pathlib, sys
+plan = json.loads(pathlib.Path(sys.argv[-1]).read_text())["run"]
+pathlib.Path(plan["dir"], plan["name"], "gpus").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+sys.exit(78)
+"""
+    commands = []
+
+    def command(plan: Path, ranks: int, on_gpus: bool) -> list[str]:
+        commands.append(training_command(plan, ranks, on_gpus))
+        return [sys.executable, "-c", seen, str(plan)]
+
+    monkeypatch.setattr(local, "training_command", command)
+    monkeypatch.setattr(local, "_devices", lambda: ["0", "1", "4", "5", "6"])
+    path = write_sweep(parallel=2, ranks=2, seeds=[0])
+    assert main([str(path)]) == 78
+    gpus = {file.parent.name: file.read_text() for file in tmp_path.glob("runs/small/*/gpus")}
+    assert sorted(gpus.values()) == ["0,1", "4,5"]
+    # The launcher starts a rank for each of them, and would ignore them were it told a number.
+    assert all("--num_gpus" not in words and "--master_port" in words for words in commands)
+    assert "--num_gpus" in training_command(path, 2, on_gpus=False)
+    assert training_command(path, 1, on_gpus=False)[-2:] == ["--config", str(path)]
+    monkeypatch.setattr(local, "_devices", lambda: ["0"])
+    with pytest.raises(BadInputError, match="ranks = 2: cells here can have 1 GPUs at most"):
+        main([str(path)])
