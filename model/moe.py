@@ -204,7 +204,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden, device=device))
         self.draws = ExpertDraws.of_next_layer(config)
         if not self.down_proj.is_meta:
-            self.draws.fill(*self.gate_up_proj.detach().chunk(2, dim=1), self.down_proj.detach())
+            gate, up = self.gate_up_proj.detach().chunk(2, dim=1)
+            self.draws.fill(gate, up, self.down_proj.detach())
         self.product: GroupedProduct = grouped_mm
 
     def forward(self, rows_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:

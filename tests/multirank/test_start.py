@@ -12,6 +12,11 @@ import torch
 from rank_pool import RankPool
 from scenarios import reference, settings
 
+from launch.planning.memory import plan_memory
+from launch.planning.run import planned_run
+from launch.settings import parse_settings
+from pretrain.config import TrainingConfig
+
 pytestmark = pytest.mark.multirank
 
 
@@ -48,15 +53,18 @@ def test_experts_built_in_bf16_are_the_rounded_ones_of_fp32(two_ranks: RankPool)
 
 
 def test_a_start_holds_one_layers_own_experts_and_gathers_none(two_ranks: RankPool) -> None:
+    """And the plan knows it; what AutoEP does by itself is measured beside it."""
     experts, layers, dim, hidden = 16, 3, 128, 256
     model = {"dim": dim, "n_experts": experts, "expert_dim": hidden, "recurrent_layers": layers}
     values = settings(model=model, parallel={"expert_parallel_size": 2, "zero_init": True})
     two_ranks.run(memory_jobs.cost_of_a_start, values=settings(parallel={"zero_init": True}))  # its first imports
+    ours = two_ranks.run(memory_jobs.cost_of_a_start, values=values)
+    stock = two_ranks.run(memory_jobs.cost_of_a_start, values=values, stock=True)
+    config = parse_settings(TrainingConfig, values, "scenario")
+    planned = plan_memory(planned_run(config, 2, 4), on_gpu=False).start_bytes
     whole = 4 * 3 * experts * hidden * dim  # bytes of a layer's experts
-    own, shards = whole // 2, layers * whole // 2
-    for cost in two_ranks.run(memory_jobs.cost_of_a_start, values=values):
-        print(cost, whole, own, shards)
-        assert cost.gathered < 0.02 * whole  # the routers
-    for cost in two_ranks.run(memory_jobs.cost_of_a_start, values=values, stock=True):
-        print(cost)
-        assert cost.gathered > layers * whole
+    for cost, stock_cost in zip(ours, stock, strict=True):
+        assert cost.gathered < 0.01 * whole  # the routers
+        assert cost.peak == pytest.approx(planned, rel=0.1)
+        assert stock_cost.gathered > layers * whole
+        assert stock_cost.peak > 2 * cost.peak
