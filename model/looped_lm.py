@@ -52,6 +52,13 @@ class LoopedOutput(NamedTuple):
     read_losses_NBS: torch.Tensor | None = None  # those of the states after ``read_loops``, with ``targets``
     probe: DepthProbe | None = None  # what the depth heads learn from, with ``probe_loop``
 
+    @property
+    def token_losses_BS(self) -> torch.Tensor:
+        """``losses_BS`` of a forward that was given ``targets``."""
+        if self.losses_BS is None:
+            raise ValueError("the forward had no targets to take a loss of")
+        return self.losses_BS
+
 
 class Embedding(nn.Module):
     """Token vectors, scaled on the way in so that the stream starts with unit variance.
