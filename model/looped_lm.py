@@ -66,6 +66,13 @@ class LoopedOutput(NamedTuple):
     refinement: RefinementTrace | None = None  # what the steps say for themselves (core = apex)
     step_probe: StepProbe | None = None  # what the verifier learns from, with ``probe_loop`` (core = apex)
 
+    @property
+    def token_losses_BS(self) -> torch.Tensor:
+        """``losses_BS`` of a forward that was given ``targets``."""
+        if self.losses_BS is None:
+            raise ValueError("the forward had no targets to take a loss of")
+        return self.losses_BS
+
 
 class Embedding(nn.Module):
     """Token vectors, scaled on the way in so that the stream starts with unit variance.

@@ -30,7 +30,7 @@ from model import remat
 from model.config import IceConfig
 from model.expert_load import ExpertLoad
 from model.grouped_product import GroupedProduct, grouped_mm
-from model.init import matrix_std, output_std
+from model.init import ExpertDraws, expert_device, matrix_std
 from model.swiglu import SwiGLU, swiglu
 
 
@@ -242,10 +242,13 @@ class Experts(nn.Module):
 
     def __init__(self, config: IceConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
-        self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
-        nn.init.normal_(self.gate_up_proj, std=matrix_std(config.dim))
-        nn.init.normal_(self.down_proj, std=output_std(config, config.expert_dim))
+        experts, hidden, dim, device = config.n_experts, config.expert_dim, config.dim, expert_device()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim, device=device))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden, device=device))
+        self.draws = ExpertDraws.of_next_layer(config)
+        if not self.down_proj.is_meta:
+            gate, up = self.gate_up_proj.detach().chunk(2, dim=1)
+            self.draws.fill(gate, up, self.down_proj.detach())
         self.product: GroupedProduct = grouped_mm
 
     def forward(self, rows_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
