@@ -12,7 +12,7 @@ Shapes: B batch, S sequence, D width, V vocabulary, T loops.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from model.norm import RMSNorm
 from model.speculation import DepthHeads
 from model.token_loss import chunked_token_losses, token_losses, token_outcomes
 from model.verifier import RefinementTrace
+
+if TYPE_CHECKING:
+    from model.attention.flex import AttentionKernel
 
 
 class DepthProbe(NamedTuple):
@@ -62,6 +65,13 @@ class LoopedOutput(NamedTuple):
     loops_used_BS: torch.Tensor | None = None  # int64, iterations until each position converged (core = refine)
     refinement: RefinementTrace | None = None  # what the steps say for themselves (core = apex)
     step_probe: StepProbe | None = None  # what the verifier learns from, with ``probe_loop`` (core = apex)
+
+    @property
+    def token_losses_BS(self) -> torch.Tensor:
+        """``losses_BS`` of a forward that was given ``targets``."""
+        if self.losses_BS is None:
+            raise ValueError("the forward had no targets to take a loss of")
+        return self.losses_BS
 
 
 class Embedding(nn.Module):
@@ -127,6 +137,7 @@ class IceModel(nn.Module):
         self.config = config
         self.remat_once: remat.RematOnce = "none"
         self.loss_chunk: int | None = None
+        self.attention_kernel: AttentionKernel = "sdpa"
         self.embed = Embedding(config)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps)
@@ -150,6 +161,15 @@ class IceModel(nn.Module):
         remat.check_policy(policy, once, offload)
         self.remat_once = remat.once_policy(policy, once)
         self.core.set_remat(policy, offload)
+
+    def set_attention_kernel(self, kernel: AttentionKernel) -> None:
+        """Who attends where a window or documents hide keys: ``flex`` writes no mask out; ``model/attention/flex.py``.
+
+        Decoding, padding and everything that plain causality describes stay with ``scaled_dot_product_attention``.
+        """
+        if kernel not in ("sdpa", "flex"):
+            raise ValueError(f"attention kernel = {kernel}: must be sdpa or flex")
+        self.attention_kernel = kernel
 
     def set_loss_chunk(self, tokens: int | None) -> None:
         """How many tokens' logits exist at a time when ``targets`` are given; None: all. ``model/token_loss.py``."""
@@ -261,7 +281,7 @@ class IceModel(nn.Module):
         if document_ids is not None:
             _check_documents(document_ids, input_ids, cache)
         rope = rope_tables(self.config, start, length, input_ids.device)
-        context = SequenceContext(rope, cache, padding, document_ids)
+        context = SequenceContext(rope, cache, padding, document_ids, self.attention_kernel)
         inner_reads = read_loops if probe_loop is None else (*read_loops, probe_loop, probe_loop + 1)
         plan = DepthPlan(n_loops, grad_loops, sequence_loops, inner_reads, controller, noise_keys)
 

@@ -17,6 +17,7 @@ Shapes: R rows, a multiple of 128 as each expert's are; E experts, I inputs, O o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from model.grouped_product import differentiable_product
 
 BLOCK = 128
+_ADDRESSABLE = 2**31  # stk's kernels add up their offsets in int32
 INSTALL = 'expert_backend = "megablocks" needs stanford-stk and triton: pip install "ice-pretrain[megablocks]"'
 
 
@@ -40,7 +42,7 @@ class MegaBlocks:
         """See :class:`~model.grouped_product.GroupedProduct`; rows past the last offset come out as zeros.
 
         Raises:
-            ValueError: When rows, inputs or outputs are no multiple of 128.
+            ValueError: When rows, inputs or outputs are no multiple of 128, or there are too many.
         """
         for name, size in (
             ("rows", rows_RI.shape[0]),
@@ -49,6 +51,13 @@ class MegaBlocks:
         ):
             if size % BLOCK:
                 raise ValueError(f"{size} {name}: MegaBlocks multiplies blocks of {BLOCK}")
+        (rows, inputs), (experts, outputs, _) = rows_RI.shape, weight_EOI.shape
+        for shape in ((experts, outputs, inputs), (rows, inputs), (rows, outputs)):
+            if math.prod(shape) >= _ADDRESSABLE:
+                raise ValueError(
+                    f"{' x '.join(map(str, shape))} numbers: MegaBlocks' kernels address fewer than 2^31 in a tensor; "
+                    "make parallel.expert_parallel_size larger or parallel.micro_batch_size smaller"
+                )
         output_RO = differentiable_product(self, rows_RI, weight_EOI, offsets_E)
         row_R = torch.arange(rows_RI.shape[0], device=rows_RI.device)
         return output_RO.masked_fill((row_R >= offsets_E[-1]).unsqueeze(1), 0)

@@ -338,7 +338,18 @@ class ParallelSection(Section):
     expert_backend: Literal["grouped_mm", "loop", "megablocks"] = Field(
         "grouped_mm", description="who multiplies the experts' rows; the weights and checkpoints are the same"
     )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="who attends where a window or documents hide keys; auto is flex on CUDA where it proves itself",
+    )
+    row_moves: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="who moves rows between tokens and experts on a rank; auto is triton on CUDA, torch elsewhere",
+    )
     zero_init: bool = Field(False, description="partition parameters while the model is built (ZeRO-3)")
+    comm_backend: Literal["default", "deepep"] = Field(
+        "default", description="what carries rows to the experts of other ranks: all-to-alls of the backend, or DeepEP"
+    )
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
     )
@@ -350,6 +361,12 @@ class ParallelSection(Section):
     def _stage_allows(self) -> ParallelSection:
         if self.fp8_dispatch and self.expert_parallel_size == 1:
             raise SettingError("fp8_dispatch", True, "expert_parallel_size = 1 sends no rows to other ranks")
+        if self.comm_backend == "deepep" and self.expert_parallel_size == 1:
+            raise SettingError("comm_backend", "deepep", "expert_parallel_size = 1 sends no rows to other ranks")
+        if self.comm_backend == "deepep" and self.fp8_dispatch:
+            raise SettingError(
+                "comm_backend", "deepep", 'packs no rows in eight bits; use "default" or no fp8_dispatch'
+            )
         if self.zero_init and self.zero_stage != 3:
             raise SettingError("zero_init", True, f"needs zero_stage = 3, not {self.zero_stage}")
         if self.offload_parameters != "none" and self.zero_stage != 3:
@@ -464,10 +481,16 @@ class LoggingSection(Section):
 
     console_every: int = Field(10, ge=1, description="steps between lines where the console is not a terminal")
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto is online when a key is set, offline otherwise"
+        "auto", description="auto is WANDB_MODE where that is set, else online with a key and offline without"
     )
     wandb_project: str = "ice"
     wandb_group: str | None = None
+    wandb_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+$", description="of the W&B run; null is a random one, kept in the checkpoints"
+    )
+    annotations: dict[str, str | int | float] = Field(
+        default_factory=dict, description="what trackers show beside the settings, such as a sweep's budget; no effect"
+    )
     tensorboard: bool = True
     plot: bool = True
 

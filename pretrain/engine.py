@@ -6,6 +6,7 @@ What is asked of the engine, and why it is asked this way:
   once a forward and once a backward whatever the number of loops; otherwise every loop gathers them again.
 - ZeRO-3 refuses DeepSpeed's own MoE layer. Experts are spread by AutoEP (the ``expert_parallel`` section), which
   replaces our MoE layers inside ``deepspeed.initialize``; ``model/expert_parallel.py`` is the other half of that seam.
+- AutoEP would build all experts of a layer on every rank and keep a few: with ``expert_start.py`` each draws its own.
 - The learning rate is a pure function of the step and is written into the optimizer's groups before each step; no
   scheduler state exists.
 - Ending: a rank that leaves the interpreter while gloo threads live can abort after its work is done, so a successful
@@ -47,7 +48,7 @@ from model.expert_parallel import (
     update_selection_biases,
 )
 from model.fp8 import Fp8Choice, choose_kernels, convert
-from model.init import decays
+from model.init import decays, experts_without_memory
 from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
@@ -160,6 +161,9 @@ def _expert_parallel_section(config: TrainingConfig) -> dict[str, Any]:
         "route_scale": model.route_scale,
         "has_shared_experts": model.n_shared_experts > 0,
     }
+    if config.parallel.comm_backend == "deepep":
+        sequences = max(config.parallel.micro_batch_size, config.eval.micro_batch_size or 0)
+        section.update(comm_backend="deepep", comm_max_tokens_per_rank=sequences * config.data.sequence_length)
     if model.n_shared_experts > 0:
         section["shared_experts_pattern"] = SHARED_EXPERTS
     if model.moe_n_groups > 1:
@@ -292,11 +296,16 @@ class TrainingEngine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
+        from pretrain.attention_kernel import choose_attention
+        from pretrain.deepep_transport import check_deepep
         from pretrain.expert_compute import adopt_engine_experts, expert_product
         from pretrain.expert_layer import adopt_expert_layers
+        from pretrain.expert_start import ZeroInit, own_experts_only
         from pretrain.lean_zero import adopt_lean_zero
+        from pretrain.row_moves import choose_moves
 
         product = expert_product(config.parallel.expert_backend)
+        row_moves = choose_moves(config.parallel.row_moves, get_accelerator().device_name())
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         restrict_unpickling()
         prepare_rendezvous(place)
@@ -306,6 +315,8 @@ class TrainingEngine:
         self.precision = choose_precision(config.precision.dtype, accelerator.device_name())
         if self.precision.name == "fp16" and not accelerator.is_fp16_supported():
             raise BadInputError(f'precision.dtype = "fp16": this {accelerator.device_name()} has none; use "auto"')
+        if config.parallel.comm_backend == "deepep":
+            check_deepep(self.precision.dtype, accelerator.device_name())
         fp8 = fp8_choice(config, accelerator.device_name(), self.precision)
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
         _unlink_shared_memory(place)
@@ -314,19 +325,20 @@ class TrainingEngine:
             keep_freed_memory()
 
         torch.manual_seed(config.run.seed)
-        sharded = deepspeed.zero.Init(config_dict_or_path=settings) if config.parallel.zero_init else None
-        with sharded or contextlib.nullcontext():
+        sharded = ZeroInit(config_dict_or_path=settings) if config.parallel.zero_init else None
+        with experts_without_memory(), sharded or contextlib.nullcontext():
             model = IceModel(config.model)
         model.set_remat(config.loop.remat, config.loop.remat_once, config.loop.remat_offload)
         model.set_loss_chunk(config.parallel.loss_chunk_tokens)
         if config.parallel.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [LoopedCore])
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model, config.optim),
-            optimizer=_optimizer_builder(config.optim),
-            config=settings,
-        )
+        with own_experts_only(accelerator.current_device_name() if config.parallel.zero_init else "cpu"):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups(model, config.optim),
+                optimizer=_optimizer_builder(config.optim),
+                config=settings,
+            )
         if self.precision.name != "fp32" and config.parallel.zero_stage == 0:
             _forget_empty_step(self._engine.optimizer)
         # It would write scripts beside a checkpoint, at once; they refuse checkpoints with AutoEP anyway.
@@ -343,7 +355,7 @@ class TrainingEngine:
         adopt_engine_experts(self.model, product)
         fp8_dispatch = config.parallel.fp8_dispatch
         # Why the engine's own layer runs; None: ours does.
-        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, fp8_dispatch)
+        self.stock_expert_layer = adopt_expert_layers(self.model, config.model, row_moves.moves, fp8_dispatch)
         if fp8_dispatch and self.stock_expert_layer is not None:
             raise BadInputError(
                 f"parallel.fp8_dispatch = true: {self.stock_expert_layer}, which cannot; set it to false"
@@ -351,6 +363,14 @@ class TrainingEngine:
         if fp8_dispatch:
             self.fp8.append("rows travel to their experts in 8 bits, and back in " + self.precision.name)
         adopt_lean_zero(self._engine.optimizer)
+        self.kernels: list[str] = []  # what was chosen for this machine, for the log
+        attention = choose_attention(config, self.device, self.precision.dtype, self.sum_over_ranks)
+        self.model.set_attention_kernel(attention.kernel)
+        self.kernels.append(f"attention: {attention.reason}")
+        if config.model.n_experts:
+            self.kernels.append(f"rows of experts are moved by {row_moves.reason}")
+        if config.parallel.comm_backend == "deepep":
+            self.kernels.append("rows travel between ranks by DeepEP, in its deterministic mode")
         # Every rank leaves here with the same generator state, whatever building the model drew.
         torch.manual_seed(config.run.seed)
 

@@ -92,9 +92,8 @@ class Tally:
         self._domains, self._token_bytes_V = tuple(domains), token_bytes_V
         self._sums = torch.zeros(3, len(domains), dtype=torch.float64)
 
-    def add(self, batch: Batch, losses_BS: Tensor | None) -> None:
+    def add(self, batch: Batch, losses_BS: Tensor) -> None:
         """Count one batch by its tokens' losses."""
-        assert losses_BS is not None
         targets_BS = batch.targets
         counted_BS = targets_BS != IGNORED_TARGET
         losses = losses_BS.cpu()[counted_BS].double()
@@ -176,7 +175,7 @@ class Evaluator:
                     mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
                     targets_BS = batch.targets.to(engine.device)
                     output = engine.forward(batch.input_ids.to(engine.device), n_loops, targets=targets_BS, **mask)
-                    tally.add(batch, output.losses_BS)
+                    tally.add(batch, output.token_losses_BS)
         engine.train(True)
         summed = engine.sum_over_ranks([value for tally in tallies for value in tally.values()])
         return combine(self._held_out, tallies, summed)
@@ -304,7 +303,7 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
             output = model(
                 batch.input_ids, n_loops, targets=batch.targets, document_ids=batch.document_ids, return_output=True
             )
-            losses_BS: Tensor = output.losses_BS
+            losses_BS: Tensor = output.token_losses_BS
             return losses_BS
 
         tallies = []

@@ -16,14 +16,15 @@ it places rows in Python loops and pads each expert's group. Here its class is e
 
 What 1 to 3 and 5 decide is kept under the ``routes`` policy of ``model/remat``, what 4 and 7 bring under ``dispatch``.
 The collectives of a forward are the engine's own, as many and in the same order; a recomputation leaves out, on every
-rank alike, those whose outcome was kept. All moves of rows are permutations whose gradients are gathers.
+rank alike, those whose outcome was kept. All moves of rows are permutations whose gradients are gathers
+(``row_moves.py``: torch's indexing, or on CUDA the engine's Triton kernels).
 
 With ``parallel.fp8_dispatch`` the rows of 4 travel in eight bits (``model/fp8/wire.py``), and are kept so. What comes
 back (7) and both gradients stay in the run's dtype: they are sums in the making, of K choices and of T loops.
 
 The layer's ``tokens_per_expert`` buffer stays zero: nothing reads it but AutoEP's own balancing, which is off
-(``model/expert_load.py`` counts by loop). With DeepEP as the transport, or folded tensor parallelism, the engine's own
-forward runs.
+(``model/expert_load.py`` counts by loop). With DeepEP as the transport it takes the place of 2 to 5, 7 and 8
+(``deepep_transport.py``). With folded tensor parallelism the engine's own forward runs.
 
 Shapes: N tokens, K choices a token, D width, R rows sent (N * K), M rows received, E experts, L experts of this rank.
 """
@@ -44,7 +45,9 @@ from model.config import IceConfig
 from model.expert_parallel import SELECTION_BIAS, routed_layers
 from model.fp8 import pack_rows, unpack_rows
 from model.grouped_product import GroupedProduct
-from model.moe import Choice, DispatchPlan, Routes, collect, dispatch, mix, plan_dispatch, route, row_alignment
+from model.moe import Choice, DispatchPlan, Routes, plan_dispatch, route, row_alignment
+from pretrain import deepep_transport
+from pretrain.row_moves import RowMoves, torch_moves
 
 
 class LoopedRouter(TokenChoiceTopKRouter):
@@ -69,20 +72,23 @@ class LoopedExpertLayer(AutoEPMoELayer):
     """See the module's docstring."""
 
     fp8_dispatch = False
+    moves: RowMoves = torch_moves
 
     def _forward(self, hidden_states: Tensor) -> Any:
         if self.why_stock() is not None:
             return super()._forward(hidden_states)
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         routes = self.router(x_ND, self.expert_bias)
-        choices_NKD = self._locally(x_ND, routes) if self.ep_size == 1 else self._over_ranks(x_ND, routes)
-        output_BSD = mix(choices_NKD, routes.gates_NK).view_as(hidden_states)
-        return self._finalize_output(output_BSD, x_ND, hidden_states, hidden_states.shape[-1])
+        if self.ep_size == 1:
+            output_ND = self._locally(x_ND, routes)
+        elif self.comm_backend == COMM_BACKEND:
+            output_ND = self._over_ranks(x_ND, routes)
+        else:
+            output_ND = self._by_deepep(x_ND, routes)
+        return self._finalize_output(output_ND.view_as(hidden_states), x_ND, hidden_states, hidden_states.shape[-1])
 
     def why_stock(self) -> str | None:
         """Why the engine's own forward runs; None when ours does."""
-        if self.ep_size > 1 and self.comm_backend != COMM_BACKEND:
-            return f"rows travel by {self.comm_backend}"
         handles = self.folding_group_handles
         if handles is not None and handles.spec.tp_size > 1:
             return "experts are folded with tensor parallelism"
@@ -98,21 +104,35 @@ class LoopedExpertLayer(AutoEPMoELayer):
         return output_RD
 
     def _locally(self, x_ND: Tensor, routes: Routes) -> Tensor:
-        """The outputs of every choice, (N, K, D), where this rank holds all experts."""
+        """The gated sums, (N, D), where this rank holds all experts."""
         alignment = self._alignment(x_ND)
         plan = remat.keep("routes", lambda: plan_dispatch(routes, alignment))
-        return collect(self._run_experts(dispatch(x_ND, plan), plan), plan)
+        rows_RD = self._run_experts(self.moves.dispatch(x_ND, plan), plan)
+        return self.moves.combine(rows_RD, plan, routes.gates_NK)
 
     def _over_ranks(self, x_ND: Tensor, routes: Routes) -> Tensor:
-        """The outputs of every choice, (N, K, D), where each rank holds L experts."""
+        """The gated sums, (N, D), where each rank holds L experts."""
         alignment = self._alignment(x_ND)
         plan = remat.keep("routes", lambda: self._plan_exchange(routes, alignment))
         sent, received = plan.splits.input_splits, plan.splits.output_splits
         exchange = _Fp8Exchange if self.fp8_dispatch else _Exchange
-        rows_MD = exchange.apply(dispatch(x_ND, plan.to_ranks), self.ep_group, sent, received)
-        output_RD = self._run_experts(dispatch(rows_MD, plan.to_experts), plan.to_experts)
-        rows_MD = collect(output_RD, plan.to_experts).squeeze(1)
-        return collect(_Exchange.apply(rows_MD, self.ep_group, received, sent), plan.to_ranks)
+        rows_MD = exchange.apply(self.moves.dispatch(x_ND, plan.to_ranks), self.ep_group, sent, received)
+        output_RD = self._run_experts(self.moves.dispatch(rows_MD, plan.to_experts), plan.to_experts)
+        rows_MD = self.moves.collect(output_RD, plan.to_experts)
+        rows_RD = _Exchange.apply(rows_MD, self.ep_group, received, sent)
+        return self.moves.combine(rows_RD, plan.to_ranks, routes.gates_NK)
+
+    def _by_deepep(self, x_ND: Tensor, routes: Routes) -> Tensor:
+        """The gated sums, (N, D), where DeepEP moves rows between ranks."""
+        exchange = deepep_transport.exchange_of(self, x_ND.shape[0])
+        rows_MD, gates_M, layout = deepep_transport.dispatch(exchange, x_ND, routes)
+        alignment = self._alignment(x_ND)
+        plan = remat.keep(
+            "routes", lambda: plan_dispatch(deepep_transport.received(layout, rows_MD.shape[0]), alignment)
+        )
+        output_RD = self._run_experts(self.moves.dispatch(rows_MD, plan), plan)
+        rows_MD = self.moves.combine(output_RD, plan, gates_M.unsqueeze(1))
+        return deepep_transport.combine(exchange, rows_MD, layout)
 
     def _plan_exchange(self, routes: Routes, alignment: int) -> ExchangePlan:
         splits = compute_split_plan(
@@ -163,12 +183,15 @@ def _all_to_all(rows_RD: Tensor, group: Any, sent: list[int], received: list[int
     return output_MD
 
 
-def adopt_expert_layers(model: nn.Module, config: IceConfig, fp8_dispatch: bool = False) -> str | None:
+def adopt_expert_layers(
+    model: nn.Module, config: IceConfig, moves: RowMoves = torch_moves, fp8_dispatch: bool = False
+) -> str | None:
     """After ``deepspeed.initialize``: give every replaced layer and its router our class.
 
     Args:
         model: The engine's.
         config: Its architecture.
+        moves: Who moves rows between tokens and experts on a rank (``row_moves.py``).
         fp8_dispatch: Rows travel to their experts in eight bits.
 
     Returns:
@@ -178,7 +201,7 @@ def adopt_expert_layers(model: nn.Module, config: IceConfig, fp8_dispatch: bool 
     for layer in routed_layers(model):
         if isinstance(layer.module, AutoEPMoELayer):
             layer.module.__class__ = LoopedExpertLayer
-            layer.module.fp8_dispatch = fp8_dispatch
+            layer.module.moves, layer.module.fp8_dispatch = moves, fp8_dispatch
             layer.router.__class__ = LoopedRouter
             layer.router.config = config
             reason = layer.module.why_stock()

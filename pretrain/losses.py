@@ -51,8 +51,7 @@ class Objective(NamedTuple):
 
 def training_objective(output: LoopedOutput, targets_BS: Tensor, config: TrainingConfig) -> Objective:
     """The loss of a micro-batch: the language model's, and that of every idea that is on."""
-    assert output.losses_BS is not None
-    loss = mean_loss(output.losses_BS, targets_BS)
+    loss = mean_loss(output.token_losses_BS, targets_BS)
     total, terms = loss, {"loss": loss, "loop_residual": output.loop_residual}
     if config.model.act:
         terms["ponder_cost"] = output.ponder_cost
@@ -90,12 +89,11 @@ def contrastive_depth_terms(
     output: LoopedOutput, targets_BS: Tensor, section: ContrastiveDepthSection
 ) -> dict[str, Tensor]:
     """CDL's three terms, unweighted scalars, from an output with one shallow depth read."""
-    assert output.losses_BS is not None
     assert output.read_losses_NBS is not None
     assert output.states_NBSD is not None
     counted_BS = (targets_BS != IGNORED_TARGET).float()
     n_counted = counted_BS.sum().clamp_min(1)
-    shallow_BS, deep_BS = output.read_losses_NBS[0], output.losses_BS
+    shallow_BS, deep_BS = output.read_losses_NBS[0], output.token_losses_BS
     shallow_loss = shallow_BS.sum() / n_counted
     difficulty_BS = (shallow_BS / shallow_loss.clamp_min(1e-6)).detach()
     missed_BS = functional.relu(section.margin + deep_BS - shallow_BS.detach()) * counted_BS

@@ -182,7 +182,7 @@ def _train_watched(
     notices: list[str] = []
     fence = Fence(run_path)
     checkpointer = Checkpointer(run_path / "checkpoints", config.checkpoint, identity, engine, fence, notices.append)
-    wandb_id = engine.gather_objects(new_wandb_id())[0]
+    wandb_id = engine.gather_objects(config.logging.wandb_id or new_wandb_id())[0]
     try:
         with watchdog.phase("loading"):
             resumed = checkpointer.resume()
@@ -206,7 +206,7 @@ def _train_watched(
     for notice in notices:
         log.say(notice)
     log.say(_opening_line(config, engine, start, resumed is not None))
-    for line in engine.fp8:
+    for line in (*engine.kernels, *engine.fp8):
         log.say(line)
     loader = BatchLoader(
         sampler,

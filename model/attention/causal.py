@@ -3,14 +3,22 @@
 Keys lie as ``[pooled entries | exact tokens]``; the S queries are the last S of the exact tokens. A query sees every
 pooled entry (each is older than any query), and the exact tokens not after it, within its window, of its own document
 and not padding. The mask is additive: pooled entries stand for several tokens and carry ``log(count)``.
+
+Where nothing but a window and documents hides keys, and all tokens are new, it may be a ``BlockMask`` instead, which is
+never written out (``flex.py``).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    Mask: TypeAlias = torch.Tensor | BlockMask
 
 
 class Memory(NamedTuple):
@@ -68,7 +76,7 @@ def attention_mask(
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: Mask | None = None
 ) -> torch.Tensor:
     """``softmax(scale * q k^T + mask) v``; without a mask each query sees the keys up to its own place.
 
@@ -77,11 +85,15 @@ def causal_attention(
         k: (B, G, L, d), G dividing H: query heads h // (H / G) share a key head. S is 1 or L when there is no mask.
         v: (B, G, L, v).
         scale: Factor on the scores.
-        mask: From :func:`attention_mask`.
+        mask: From :func:`attention_mask`, or :func:`~model.attention.flex.block_mask`.
 
     Returns:
         (B, H, S, v).
     """
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        from model.attention.flex import windowed_attention
+
+        return windowed_attention(q, k, v, scale, mask)
     queries, keys = q.shape[-2], k.shape[-2]
     return F.scaled_dot_product_attention(
         q,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,10 @@ from model.attention.cache import Cache
 from model.attention.causal import Memory, attention_mask
 from model.attention.rope import RopeTables
 from model.attention.slot import CacheSlot
+
+if TYPE_CHECKING:
+    from model.attention.causal import Mask
+    from model.attention.flex import AttentionKernel
 
 # Tensors an attention hands from one loop to the next of the same tokens; what they are is its own affair.
 Carry = tuple[torch.Tensor, ...]
@@ -23,7 +28,8 @@ class SequenceContext:
     cache: Cache | None = None
     padding_B: torch.Tensor | None = None  # int64, tokens at the left of each row that are padding; None: none
     document_ids_BS: torch.Tensor | None = None  # which document each token is of; none sees another; None: all one
-    _masks: dict[tuple[int, int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    kernel: AttentionKernel = "sdpa"  # who attends where a window or documents hide keys from new tokens
+    _masks: dict[tuple[int, int, int, int | None], Mask | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Tell the cache which tokens weigh nothing where it pools."""
@@ -59,14 +65,31 @@ class Site:
         """The new tokens' rows after those of the past; without a cache, the new ones alone."""
         return Memory(tensors) if self.slot is None else self.slot.append(*tensors)
 
-    def mask(self, queries: int, memory: Memory) -> torch.Tensor | None:
+    def mask(self, queries: int, memory: Memory) -> Mask | None:
         """The mask of ``queries`` new tokens over ``memory``; layers of the same shape share one."""
         # Slots with as many pooled entries and as many rows have pooled the same tokens.
         pooled = 0 if memory.pooled_bias_BP is None else memory.pooled_bias_BP.shape[1]
         key = (queries, memory.tensors[0].shape[-2], pooled, self.window)
         masks = self.context._masks
         if key not in masks:
-            masks[key] = attention_mask(
-                queries, memory, self.window, self.context.padding_B, self.past, self.context.document_ids_BS
+            mask = self._block_mask(queries, memory)
+            masks[key] = (
+                mask
+                if mask is not None
+                else attention_mask(
+                    queries, memory, self.window, self.context.padding_B, self.past, self.context.document_ids_BS
+                )
             )
         return masks[key]
+
+    def _block_mask(self, queries: int, memory: Memory) -> Mask | None:
+        """The mask as blocks, where the context's kernel takes such and a window or documents are all it holds."""
+        context, keys = self.context, memory.tensors[0]
+        hides_keys = context.document_ids_BS is not None or (self.window is not None and self.window < queries)
+        all_new = self.slot is None and memory.pooled_bias_BP is None and keys.shape[-2] == queries
+        if context.kernel != "flex" or context.padding_B is not None or not (hides_keys and all_new):
+            return None
+        from model.attention.flex import block_mask
+
+        window = self.window if self.window is not None and self.window < queries else None
+        return block_mask(queries, keys.device, window, context.document_ids_BS)

@@ -23,13 +23,16 @@ Shapes: B batch, S queries, L keys, H = G * R query heads, G key/value heads, C 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from model.attention.causal import causal_attention
 from model.attention.flash_kernels import FlashKernel, FlashResult, flash_kernel, is_causal
+
+if TYPE_CHECKING:
+    from model.attention.causal import Mask
 
 # k'_1, v'_1, ..., k'_W, v'_W, each (B, G, S, C).
 OwnKeys = tuple[torch.Tensor, ...]
@@ -41,7 +44,7 @@ def joint_attention(
     v: torch.Tensor,
     own: OwnKeys,
     scale: float,
-    mask: torch.Tensor | None = None,
+    mask: Mask | None = None,
 ) -> torch.Tensor:
     """Attention over the sequence and each position's own keys, (B, H, S, C), in the dtype of ``q``.
 
@@ -51,10 +54,15 @@ def joint_attention(
         v: (B, G, L, C).
         own: W keys and values of the queries' own positions, alternating; empty: plain causal attention.
         scale: Factor on the scores.
-        mask: Additive, of the sequence only, from :func:`~model.attention.causal.attention_mask`.
+        mask: Of the sequence only: additive, from :func:`~model.attention.causal.attention_mask`, or blocks, from
+            :func:`~model.attention.flex.block_mask`, whose kernel gives ``lse`` a gradient of its own.
     """
     if not own:
         return causal_attention(q, k, v, scale, mask)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        from model.attention.flex import windowed_attention_and_lse
+
+        return _joined(*windowed_attention_and_lse(q, k, v, scale, mask), q, own, scale)
     mask = None if mask is None else mask.to(q.dtype)
     kernel = flash_kernel(q, k, v, mask)
     if kernel is None:
@@ -85,6 +93,22 @@ def written_out(
     for weight, (_, value) in zip(weights[..., keys:].unbind(-1), _pairs(own), strict=True):
         out = out + weight.unsqueeze(-1) * _wide(value).unsqueeze(2)
     return out.flatten(1, 2).to(q.dtype)
+
+
+def _joined(
+    sequence_BHSC: torch.Tensor, lse_BHS: torch.Tensor, q: torch.Tensor, own: OwnKeys, scale: float
+) -> torch.Tensor:
+    """The sequence's part and the rest, joined by operations that autograd knows, (B, H, S, C)."""
+    groups = own[0].shape[1]
+    q_BGRSC, sequence_BGRSC = (_wide(x).unflatten(1, (groups, -1)) for x in (q, sequence_BHSC))
+    lse_BGRS = _wide(lse_BHS).unflatten(1, (groups, -1))
+    scores = [scale * _dot(q_BGRSC, _wide(key)) for key, _ in _pairs(own)]
+    joint_BGRS = torch.stack((lse_BGRS, *scores)).logsumexp(dim=0)
+    out = sequence_BGRSC * (lse_BGRS - joint_BGRS).exp().unsqueeze(-1)
+    for score, (_, value) in zip(scores, _pairs(own), strict=True):
+        out = torch.addcmul(out, (score - joint_BGRS).exp().unsqueeze(-1), _wide(value).unsqueeze(2))
+    joined: torch.Tensor = out.flatten(1, 2).to(q.dtype)
+    return joined
 
 
 class _JointSoftmax(torch.autograd.Function):

@@ -16,6 +16,8 @@ V value width of a head.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -25,6 +27,9 @@ from model.attention.rope import apply_rope, yarn_logit_factor
 from model.config import IceConfig
 from model.init import Linear, output_std
 from model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from model.attention.causal import Mask
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -87,7 +92,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((self.kv_a_norm(latent), apply_rope(k_rope, site.rope)), dim=-1)
 
     def expanded(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, memory_B1LC: torch.Tensor, mask: torch.Tensor | None
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, memory_B1LC: torch.Tensor, mask: Mask | None
     ) -> torch.Tensor:
         """Attention per head, (B, H, S, V), the latents of all L tokens expanded to heads."""
         latent_B1LR, k_rope_B1LP = memory_B1LC.split([self.kv_lora_rank, self.rope_dim], dim=-1)
@@ -98,7 +103,7 @@ class MultiHeadLatentAttention(nn.Module):
         return causal_attention(torch.cat((q_nope, q_rope), dim=-1), k, v_BHLV, self.scale, mask)
 
     def absorbed(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, memory_B1LC: torch.Tensor, mask: torch.Tensor | None
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, memory_B1LC: torch.Tensor, mask: Mask | None
     ) -> torch.Tensor:
         """The same in the latent space: nothing of the L tokens is expanded."""
         up_HCR = self.kv_b_proj.weight.view(self.n_heads, -1, self.kv_lora_rank)

@@ -15,6 +15,9 @@ Each checkpointed call has a tape of its own, held by the graph and freed with i
 (a second backward through a retained graph); an early stop leaves the rest unread. A checkpoint inside a checkpoint has
 its own tape and writes on the outer one too, by which it is told when the outer one is recomputed.
 
+One kind is kept whatever the policy: a layout, without which a recomputation could not make what the first run made,
+since it was not the layer's to decide (in which order rows arrived).
+
 Integers are kept in 32 bits: tokens, rows and experts on one rank are fewer than 2^31.
 """
 
@@ -29,7 +32,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-Kind = Literal["routes", "dispatch"]
+Kind = Literal["routes", "dispatch", "layout"]
+ALWAYS_KEPT: frozenset[Kind] = frozenset({"layout"})
 Value = TypeVar("Value")
 
 
@@ -44,7 +48,7 @@ class Tape:
     """Answers of one checkpointed call, in the order in which they were asked for."""
 
     def __init__(self, kinds: frozenset[Kind]) -> None:
-        self.kinds = kinds
+        self.kinds = kinds | ALWAYS_KEPT
         self._records: list[Any] = []
         self._next = 0
         self._replaying = False
@@ -97,7 +101,8 @@ def keep(kind: Kind, compute: Callable[[], Value]) -> Value:
     """``compute()``; in a recomputation whose policy keeps ``kind``, what it gave the first time.
 
     Args:
-        kind: ``routes`` for routing decisions and what follows from them, ``dispatch`` for rows from other ranks.
+        kind: ``routes`` for routing decisions and what follows from them, ``dispatch`` for rows from other ranks,
+            ``layout`` for how those lie where that is not decided here (kept under every policy).
         compute: Gives a tensor, or tuples of tensors and plain values.
     """
     tape = _current.get()

@@ -20,11 +20,17 @@ import torch
 from torch import Tensor
 
 from model import IceConfig, IceModel
+from model.attention import Memory, SequenceContext, attention_mask, causal_attention, rope_tables
+from model.attention.flex import block_mask, probe
+from model.attention.joint_softmax import joint_attention, written_out
+from model.depth import DepthPlan
 from model.expert_parallel import set_expert_product
 from model.fp8.conversion import convert
 from model.fp8.products import Emulated, Kernels
 from model.fp8.recipe import RECIPES, RecipeName, choose_kernels
 from model.grouped_product import grouped_mm, loop
+from model.megablocks import megablocks
+from model.moe import Choice, plan_dispatch
 from model.precision import choose_precision
 from model.token_loss import chunked_token_losses, token_losses
 
@@ -237,6 +243,188 @@ def experts_are_multiplied_right(device: torch.device, size: Size) -> Figures:
     return {"difference": worst, "times faster than a loop over experts": round(seconds[1] / seconds[0], 2)}
 
 
+def rows_are_moved_right(device: torch.device, size: Size) -> Figures:
+    """Dispatch and gated sum by what ``row_moves = auto`` chooses here, beside their definition in float64."""
+    from pretrain.row_moves import choose_moves, torch_moves  # DeepSpeed's import takes seconds
+
+    choice = choose_moves("auto", device.type)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(6)
+    scores_NE = torch.rand(size.tokens, size.experts, generator=generator).to(device)
+    experts_NK = scores_NE.topk(2).indices
+    counts_E = torch.bincount(experts_NK.flatten(), minlength=size.experts)
+    plan = plan_dispatch(Choice(experts_NK, counts_E), 1 if device.type == "cpu" else 8)
+    x_ND = torch.randn(size.tokens, size.dim, generator=generator).to(device, dtype).requires_grad_()
+    gates_NK = torch.rand(size.tokens, 2, generator=generator).to(device).requires_grad_()
+    factor_ND = torch.randn(size.tokens, size.dim, generator=generator).to(device, dtype)
+
+    def moved(moves: Any) -> tuple[Tensor, ...]:
+        y_ND = moves.combine(2 * moves.dispatch(x_ND, plan), plan, gates_NK)
+        return (y_ND, *torch.autograd.grad(y_ND, (x_ND, gates_NK), factor_ND))
+
+    x, gates, factor = x_ND.detach().double(), gates_NK.detach().double(), factor_ND.double()
+    total = gates.sum(1, keepdim=True)
+    by_definition = (2 * x * total, 2 * factor * total, (2 * x * factor).sum(1, keepdim=True).expand(-1, 2))
+    found = moved(choice.moves)
+    worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, by_definition, strict=True))
+    assert worst < (2e-2 if dtype == torch.bfloat16 else 1e-5), f"rows moved by {choice.reason} are off by {worst:.2e}"
+    seconds = [synchronised_seconds(device, lambda m=moves: moved(m), 3) for moves in (choice.moves, torch_moves)]
+    return {"by": choice.reason, "difference": worst, "times torch's speed": round(seconds[1] / seconds[0], 2)}
+
+
+def every_attention_has_a_kernel(device: torch.device, size: Size) -> Figures:
+    """Which of torch's attention operators each kind runs, forward; beyond a window, by blocks where that is chosen."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    figures: Figures = {}
+    for name, fields in STRUCTURES.items():
+        config = config_of(size._replace(dim=min(size.dim, 512)), **fields)
+        _, model = twins(config, device, dtype)
+        ids = ids_of(config, size.tokens)[:, :-1].to(device)
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(ids, 2)
+        prefix = "aten::_scaled_dot_product_"
+        keys = (event.key for event in profile.key_averages())
+        kernels = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
+        assert kernels, f"{name}: no attention operator ran"
+        figures[name] = ", ".join(kernels)
+    return figures
+
+
+def joint_softmax_is_the_written_out(device: torch.device, size: Size) -> Figures:
+    """MoDA's softmax over a sequence and a position's own keys, with and without a mask, beside its definition."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(7)
+    length = min(size.tokens, 512)
+
+    def heads(count: int) -> Tensor:
+        return torch.randn(2, count, length, 64, generator=generator).to(device, dtype)
+
+    inputs = [heads(4), heads(2), heads(2), heads(2), heads(2)]
+    factor, figures = heads(4), Figures()
+    window = attention_mask(length, Memory((inputs[1],)), window=length // 2)
+    for name, mask in (("causal", None), ("window", window)):
+        found = []
+        for attend, kind in ((joint_attention, dtype), (written_out, torch.float64)):
+            q, k, v, *own = (x.to(kind).requires_grad_() for x in inputs)
+            out = attend(q, k, v, tuple(own), 0.125, None if mask is None else mask.to(kind))
+            found.append((out, *torch.autograd.grad(out, (q, k, v, *own), factor.to(kind))))
+        worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+        assert worst < (3e-2 if dtype == torch.bfloat16 else 1e-4), f"{name}: joint softmax off by {worst:.2e}"
+        figures[name] = worst
+    return figures
+
+
+def windows_are_attended_by_blocks(device: torch.device, size: Size) -> Figures:
+    """``flex_attention`` beside the mask written out, as a run probes it; and how much faster a long sequence is."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    figures: Figures = {}
+    for name, widths in (("gqa", (128, 128)), ("mla", (192, 128))):
+        why_not = probe(device, dtype, *widths)
+        assert device.type == "cpu" or why_not is None, f"{name}: {why_not}"
+        figures[name] = why_not or "agrees with SDPA, forward and backward"
+    if device.type == "cuda":
+        length, window = 8192, 1024
+        q, k, v = (torch.randn(1, heads, length, 128, device=device, dtype=dtype) for heads in (8, 2, 2))
+        blocks = block_mask(length, device, window)
+        written = attention_mask(length, Memory((k,)), window)
+        seconds = [
+            synchronised_seconds(device, lambda m=mask: causal_attention(q, k, v, 0.1, m), 5)
+            for mask in (written, blocks)
+        ]
+        figures["8,192 tokens, window 1,024: times SDPA's speed"] = round(seconds[0] / seconds[1], 2)
+    return figures
+
+
+def loops_run_as_a_cuda_graph(device: torch.device, size: Size) -> Figures:
+    """Forward and backward of the core, captured once and replayed on other inputs; on CPUs, run twice."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    figures: Figures = {}
+    for name, fields in {"dense": {"n_experts": 0}, "experts on one rank": {}}.items():
+        config = config_of(size._replace(dim=min(size.dim, 512)), **fields)
+        _, model = twins(config, device, dtype)
+        core = model.core
+        core.expert_load.enabled = False  # a count in a graph would not add up from replay to replay
+        length = min(size.tokens, 256)
+        context = SequenceContext(rope_tables(config, 0, length, device))
+        generator = torch.Generator().manual_seed(8)
+        first, second = (torch.randn(2, length, config.dim, generator=generator).to(device, dtype) for _ in range(2))
+        e_BSD = first.clone().requires_grad_()
+        weights = [p for p in core.parameters() if p.requires_grad]
+
+        def run(core: Any = core, e: Tensor = e_BSD, context: Any = context, weights: Any = weights) -> list[Tensor]:
+            h_BSD = core(e, context, DepthPlan(size.loops)).h_BSD
+            gradients = torch.autograd.grad(h_BSD.float().square().mean(), (e, *weights), allow_unused=True)
+            return [h_BSD.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+        captured = _captured(device, run)
+        with torch.no_grad():
+            e_BSD.copy_(second)
+        replayed = [tensor.clone() for tensor in captured()]
+        expected = run()
+        assert all(map(torch.equal, replayed, expected)), f"{name}: the replay differs"
+        eager, graph = (synchronised_seconds(device, function, 5) for function in (run, captured))
+        figures[f"{name}, times eager's speed"] = round(eager / graph, 2)
+    return figures
+
+
+def _captured(device: torch.device, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outcome = run()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outcome
+
+    return replay
+
+
+def host_copies_hide_behind_loops(device: torch.device, size: Size) -> Figures:
+    """A step with loop states in host memory beside one without: the time it takes longer, and the memory it frees."""
+    config = config_of(size)
+    _, model = twins(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    ids, figures, seconds = ids_of(config, 2 * size.tokens), Figures(), []
+    for offload in (False, True):
+        model.set_remat("loop", None, offload)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds.append(synchronised_seconds(device, lambda: step(model, ids, 2 * size.loops), 3))
+        if device.type == "cuda":
+            name = "offloaded, MiB" if offload else "kept, MiB"
+            figures[name] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    assert min(seconds) > 0
+    return figures | {"times the step's time": round(seconds[1] / seconds[0], 3)}
+
+
+def megablocks_products_are_the_default_ones(device: torch.device, size: Size) -> Figures:
+    """MegaBlocks' products beside grouped_mm, where its packages are; on CPUs they need Triton's interpreter."""
+    try:
+        product = megablocks()
+    except ModuleNotFoundError as error:
+        return {"not installed": str(error)}
+    if device.type == "cpu":
+        return {"not run": "tests/kernels compares them under Triton's interpreter"}
+    generator = torch.Generator().manual_seed(9)
+    rows, weight = torch.randn(1024, size.dim, generator=generator), torch.randn(4, 512, size.dim, generator=generator)
+    ends = torch.tensor([256, 256, 640, 1024], dtype=torch.int32, device=device)
+    found = []
+    for multiply in (product, grouped_mm):
+        inputs = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in (rows, weight)]
+        output = multiply(*inputs, ends)
+        found.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
+    worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*found, strict=True))
+    assert worst < 2e-2, f"MegaBlocks' products off by {worst:.2e}"
+    return {"difference": worst}
+
+
 def chunked_loss_is_the_whole_one(device: torch.device, size: Size) -> Figures:
     """Losses and gradients with and without whole logits, and what each takes at its peak."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -382,6 +570,13 @@ CHECKS: tuple[Callable[[torch.device, Size], Figures], ...] = (
     bf16_is_near_fp32,
     every_policy_gives_the_same_bits,
     experts_are_multiplied_right,
+    rows_are_moved_right,
+    every_attention_has_a_kernel,
+    joint_softmax_is_the_written_out,
+    windows_are_attended_by_blocks,
+    loops_run_as_a_cuda_graph,
+    host_copies_hide_behind_loops,
+    megablocks_products_are_the_default_ones,
     chunked_loss_is_the_whole_one,
     fp8_kernels_are_the_emulated_ones,
     a_model_learns_in_every_recipe,

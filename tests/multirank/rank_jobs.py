@@ -40,6 +40,14 @@ def end_engine(engine: TrainingEngine) -> None:
     engine._engine.destroy()
 
 
+def initial_weights(values: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What an engine starts from, whole, under the plain model's names; on the first rank."""
+    engine = start_engine(values)
+    weights = dict(engine.plain_weights())
+    end_engine(engine)
+    return weights if engine.place.is_first else None
+
+
 def micro_batches(engine: TrainingEngine, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of the global batch, as ``BatchLoader`` deals it: contiguous, cut into micro-batches."""
     inputs, targets = tokens_of_step(step)

@@ -78,6 +78,8 @@ def test_a_mistake_is_named(override: str, told: str | None) -> None:
     [
         ["parallel.zero_stage=2", "parallel.zero_init=true"],
         ["parallel.fp8_dispatch=true", "parallel.expert_parallel_size=1"],
+        ["parallel.comm_backend=deepep", "parallel.expert_parallel_size=1"],
+        ["parallel.comm_backend=deepep", "parallel.fp8_dispatch=true"],
         ["parallel.expert_backend=loop", "precision.recipe=fp8_rowwise"],
         ["parallel.zero_stage=1", "parallel.offload_parameters=cpu"],
         ["parallel.zero_stage=0", "parallel.offload_optimizer=cpu"],

@@ -60,6 +60,14 @@ def test_group_limited_routing_reaches_the_engine() -> None:
     assert "num_expert_groups" not in deepspeed_config(tiny(), 2, FP32)["expert_parallel"]
 
 
+def test_deepep_gets_a_buffer_for_the_largest_batch() -> None:
+    assert "comm_backend" not in deepspeed_config(tiny(), 2, FP32)["expert_parallel"]
+    config = tiny("parallel.comm_backend=deepep", "parallel.micro_batch_size=2", "eval.micro_batch_size=4")
+    section = deepspeed_config(config, 2, FP32)["expert_parallel"]
+    assert section["comm_backend"] == "deepep"
+    assert section["comm_max_tokens_per_rank"] == 4 * config.data.sequence_length
+
+
 def test_a_dense_core_asks_for_no_expert_parallelism() -> None:
     dense = tiny("model.n_experts=0", "parallel.expert_parallel_size=1")
     assert "expert_parallel" not in deepspeed_config(dense, 2, FP32)
