@@ -2,9 +2,9 @@
 
     python tests/benchmarks/addition.py [--steps N] [--ranks 2] [--only addition_rrslm]
 
-Trains ``configs/tasks/addition_*.json`` one after the other through the real command, evaluates each at several depths by
-greedy decoding of held-out sums, and prints one table: what was solved by digits, the iterations used by digits, minutes
-of training, parameters, training FLOPs. A run that is finished is not trained again; an interrupted one goes on.
+Trains ``configs/tasks/addition_*.json`` one after the other through the real command, evaluates each at several depths
+by greedy decoding of held-out sums, and prints one table: what was solved by digits, the iterations used by digits,
+minutes of training, parameters, training FLOPs. A run that is finished is not trained again; an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console  # noqa: E402  (after the path)
+from rich.table import Table  # noqa: E402
 
-from launch.settings import load_settings
-from model.parameters import count_parameters, training_flops_per_token
-from pretrain.config import TrainingConfig
+from launch.settings import load_settings  # noqa: E402
+from model.parameters import count_parameters, training_flops_per_token  # noqa: E402
+from pretrain.config import TrainingConfig  # noqa: E402
 
 NAMES = ("addition_rrslm", "addition_plain_parameters", "addition_plain_flops")
 DEPTHS = "1,2,3,5,8"
@@ -52,8 +52,8 @@ def run(name: str, ranks: int, overrides: list[str]) -> dict[str, Any]:
     threads = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     launcher = str(Path(sys.executable).parent / "deepspeed")
     sets = [part for override in overrides for part in ("--set", override)]
-    train = [launcher, "--num_gpus", str(ranks), "--log_level", "error", "pretrain/main.py", "--config", str(path), *sets]
-    subprocess.run(train, cwd=ROOT, check=True, env=threads)
+    start = [launcher, "--num_gpus", str(ranks), "--log_level", "error", "pretrain/main.py"]
+    subprocess.run([*start, "--config", str(path), *sets], cwd=ROOT, check=True, env=threads)
     depths = DEPTHS if config.mean_loops > 1 else "1"
     folder = ROOT / config.run.path
     evaluate = [sys.executable, "pretrain/evaluate.py", "--run", str(folder), "--loops", depths]
