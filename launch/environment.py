@@ -64,7 +64,7 @@ def _ask_mpi() -> None:
     node.Free()
     meeting = (
         os.environ.get("MASTER_ADDR", "127.0.0.1" if one_machine else socket.gethostname()),
-        os.environ.get("MASTER_PORT", str(_free_port())),
+        os.environ.get("MASTER_PORT", str(free_port())),
     )
     address, port = world.bcast(meeting, root=0)
     os.environ.update(
@@ -78,7 +78,7 @@ def _ask_mpi() -> None:
     MPI.Finalize()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -97,4 +97,4 @@ def prepare_rendezvous(place: Place) -> None:
     """Set what torch needs to meet when no launcher did: only for a process that is alone."""
     if place.world_size > 1 or "MASTER_ADDR" in os.environ:
         return
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

@@ -9,6 +9,7 @@ each configuration in ``configs/``. What is assumed and what was checked against
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = parse_arguments(arguments)
+    try:
+        check_options(options)
+        make_plans(options)
+    except OSError as error:
+        raise BadInputError(f"{error.filename}: {error.strerror}; name another file") from None
+    except OverflowError as error:
+        raise BadInputError(f"{options.config}: too large to plan ({error}); take smaller settings") from None
+    return EXIT_FINISHED
+
+
+def make_plans(options: argparse.Namespace) -> None:
+    """Plan, print, and write what is asked for."""
     paths = [ROOT / "configs" / f"{name}.json" for name in VARIANTS] if options.all else [options.config]
     plans = [plan_of(path, options) for path in paths]
     if options.all:
@@ -64,7 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
         from launch.planning.picture import draw_memory
 
         draw_memory(plans, options.picture)
-    return EXIT_FINISHED
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse, before anything is worked out, what argparse lets through."""
+    if options.gpus is not None and options.gpus < 1:
+        raise BadInputError(f"--gpus {options.gpus}: must be at least 1")
+    if options.price is not None and not 0 <= options.price < math.inf:
+        raise BadInputError(f"--price {options.price:g}: must be 0 or more, and finite")
+    for name in ("json", "picture"):
+        path: Path | None = getattr(options, name)
+        if path is not None and path.is_dir():
+            raise BadInputError(f"--{name} {path}: is a folder; name a file")
+        if path is not None and not path.parent.is_dir():
+            raise BadInputError(f"--{name} {path}: there is no folder {path.parent}; make it first")
 
 
 def plan_of(path: Path, options: argparse.Namespace) -> Plan:
@@ -73,10 +99,10 @@ def plan_of(path: Path, options: argparse.Namespace) -> Plan:
     from pretrain.config import TrainingConfig, check_topology
 
     config = load_settings(TrainingConfig, path, options.overrides)
+    if config.model.core != "ice":
+        raise BadInputError(f"{path}: model.core = {config.model.core}: the plan knows core = ice only")
     gpu = GPUS[options.gpu]
-    gpus = options.gpus or slurm_gpus(config.run.name) or gpu.per_node
-    if gpus < 1:
-        raise BadInputError(f"--gpus {gpus}: must be at least 1")
+    gpus = (slurm_gpus(config.run.name) or gpu.per_node) if options.gpus is None else options.gpus
     check_topology(config, gpus, str(path))
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     return make_plan(planned_run(config, gpus, dtype_bytes), gpu, options.price, search=not options.no_search)

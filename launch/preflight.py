@@ -125,7 +125,7 @@ def check_data(config: TrainingConfig, hashes: Hashes, place: Place) -> Finding:
 
     hashed = 0
     try:
-        for folder in sorted({config.data.path, *(source.path for source in config.data.all_sources)}):
+        for folder in config.data.folders:
             dataset = open_dataset(folder)
             entries = dataset.manifest.files()
             if hashes == "none":

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -119,6 +119,11 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
                 name = ".".join(parts[: depth + 1])
                 raise BadInputError(f"--set {render_text(override)}: {name} = {render_value(section)} is not a section")
         section[parts[-1]] = value
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Settings by dotted key as ``--set`` takes them, so that both ways into a configuration are one."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def load_settings(model: type[SettingsT], path: Path, overrides: Sequence[str] = ()) -> SettingsT:

@@ -1,5 +1,8 @@
 """Submit a training job for a site: ``python launch/submit.py ice_50b --site slurm/my_site.json [--dry-run]``.
 
+``scaling --sweep configs/scaling/NAME.json`` submits the unfinished cells of a sweep as a job array, as
+``launch/sweep.py --executor slurm`` does.
+
 The scripts in ``slurm/`` say what a run needs anywhere; a site file (``slurm/site.example.json``) says what one cluster
 calls it: account, partition, GPUs a node, container, network interface. This joins the two into one ``sbatch`` command:
 options on the command line, which sbatch prefers to those in the script, and ``ICE_*`` variables in the environment,
@@ -27,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from launch.settings import BadInputError, exit_with_status, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
+SCALING = "scaling"
 Word = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f]+$")]
 Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^-[^\n\r\x00]+$")]
@@ -89,9 +93,11 @@ def read_resources(script: Path) -> Resources:
     return Resources(nodes, tasks)
 
 
-def render(name: str, site: Site, resources: Resources, training_arguments: list[str]) -> Submission:
+def render(
+    name: str, site: Site, resources: Resources, training_arguments: list[str], array: str | None = None
+) -> Submission:
     """The ``sbatch`` command of ``slurm/NAME.sh``; ``BadInputError`` when the site's nodes cannot hold its ranks."""
-    options: list[str] = []
+    options: list[str] = [] if array is None else [f"--array={array}"]
     for option in ("account", "partition", "qos", "constraint", "time"):
         value = getattr(site, option)
         if value is not None:
@@ -117,32 +123,54 @@ def render(name: str, site: Site, resources: Resources, training_arguments: list
     )
 
 
-def training_scripts() -> list[str]:
-    """Names that can be submitted."""
-    return sorted(path.stem for path in (ROOT / "slurm").glob("ice_*.sh"))
+def submit_sweep(source: Path, site: Path | None, dry_run: bool, parallel: int | None = None) -> int:
+    """Submit the cells of the sweep in ``source`` that are not finished; returns sbatch's exit status.
+
+    Slurm runs as many at once as it can, or ``parallel``.
+    """
+    from launch.sweep import load_sweep
+
+    sweep, folders = load_sweep(source, parallel)
+    indices = [folder.index for folder in folders if not folder.is_finished()]
+    if not indices:
+        print(f"{sweep.path}: all {len(folders)} cells are finished")
+        return 0
+    chosen = _load_site(site)
+    script = read_resources(ROOT / "slurm" / f"{SCALING}.sh")
+    per_node = min(sweep.ranks, chosen.gpus_per_node or sweep.ranks)
+    if sweep.ranks % per_node:
+        raise BadInputError(f"{source}: ranks = {sweep.ranks}: must be a multiple of gpus_per_node = {per_node}")
+    resources = Resources(sweep.ranks // per_node, per_node)
+    if resources != script:
+        size = [f"--nodes={resources.nodes}", f"--ntasks-per-node={per_node}"]
+        if chosen.gpu_type is None:
+            size.append(f"--gpus-per-node={per_node}")
+        chosen = chosen.model_copy(update={"sbatch_arguments": (*size, *chosen.sbatch_arguments)})
+    chosen = chosen.model_copy(update={"gpus_per_node": None})
+    array = ranges(indices) + ("" if parallel is None else f"%{parallel}")
+    whole = source.resolve()
+    named = whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole  # sbatch is called in ROOT
+    return _submit(render(SCALING, chosen, resources, [str(named)], array), dry_run)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Check, render, and submit or print."""
-    parser = argparse.ArgumentParser(description="Submit a training job with a site's settings.")
-    parser.add_argument("name", choices=training_scripts(), help="slurm/NAME.sh and configs/NAME.json")
-    parser.add_argument("--site", type=Path, metavar="FILE", help="such as slurm/site.example.json")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="override one setting"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
-    options = parser.parse_args(arguments)
+def ranges(numbers: list[int]) -> str:
+    """Rising numbers as Slurm writes them: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
-    from pretrain.config import TrainingConfig, check_topology  # imports torch, which the parser should not wait for
 
-    site = Site() if options.site is None else load_settings(Site, options.site)
-    config_path = ROOT / "configs" / f"{options.name}.json"
-    config = load_settings(TrainingConfig, config_path, options.overrides)
-    resources = read_resources(ROOT / "slurm" / f"{options.name}.sh")
-    check_topology(config, resources.ranks, str(config_path))
-    overrides = [part for override in options.overrides for part in ("--set", override)]
-    submission = render(options.name, site, resources, overrides)
-    if options.dry_run:
+def _load_site(path: Path | None) -> Site:
+    return Site() if path is None else load_settings(Site, path)
+
+
+def _submit(submission: Submission, dry_run: bool) -> int:
+    """Print the command, or run it and return its status."""
+    if dry_run:
         print(submission)
         return 0
     try:
@@ -151,6 +179,40 @@ def main(arguments: list[str] | None = None) -> int:
         ).returncode
     except FileNotFoundError:
         raise BadInputError("sbatch: no such command here; submit from a login node of the cluster") from None
+
+
+def training_scripts() -> list[str]:
+    """Names of scripts that train one configuration."""
+    return sorted(path.stem for path in (ROOT / "slurm").glob("ice_*.sh"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, render, and submit or print."""
+    parser = argparse.ArgumentParser(description="Submit a training job with a site's settings.")
+    parser.add_argument("name", choices=[*training_scripts(), SCALING], help="slurm/NAME.sh and configs/NAME.json")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help=f"with {SCALING}: such as configs/scaling/NAME.json")
+    parser.add_argument("--site", type=Path, metavar="FILE", help="such as slurm/site.example.json")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="override one setting"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
+    options = parser.parse_args(arguments)
+    if (options.name == SCALING) != (options.sweep is not None):
+        parser.error(f"--sweep FILE belongs to {SCALING}, and {SCALING} needs it")
+    if options.name == SCALING:
+        if options.overrides:
+            parser.error(f"{SCALING}: --set is not for a sweep; its file has the settings")
+        return submit_sweep(options.sweep, options.site, options.dry_run)
+
+    from pretrain.config import TrainingConfig, check_topology  # imports torch, which the parser should not wait for
+
+    site = _load_site(options.site)
+    config_path = ROOT / "configs" / f"{options.name}.json"
+    config = load_settings(TrainingConfig, config_path, options.overrides)
+    resources = read_resources(ROOT / "slurm" / f"{options.name}.sh")
+    check_topology(config, resources.ranks, str(config_path))
+    overrides = [part for override in options.overrides for part in ("--set", override)]
+    return _submit(render(options.name, site, resources, overrides), options.dry_run)
 
 
 if __name__ == "__main__":

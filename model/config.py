@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 GROUPED_GEMM_MULTIPLE = 8
 
 KvPolicy = Literal["per_loop", "ring", "last", "gated"]
+Core = Literal["ice", "apex", "refine", "plain"]
 
 
 class IceConfig(BaseModel):
@@ -27,6 +28,13 @@ class IceConfig(BaseModel):
     max_seq_len: PositiveInt = Field(4096, description="longest sequence, prompt and answer together, in tokens")
     max_output_tokens: PositiveInt = Field(
         4096, description="most tokens one generate() call may add, within max_seq_len"
+    )
+
+    # Family
+    core: Core = Field("ice", description="what a loop is: Ice's, Apex's, RR-SLM's, or a plain residual stream")
+    memory_slots: PositiveInt = Field(4, description="slots of a position's spiral memory (core = apex)")
+    convergence_eps: float = Field(
+        0.0, ge=0.0, description="relative change below which a position stops (core = refine); 0: never"
     )
 
     # Depth
@@ -174,11 +182,26 @@ class IceConfig(BaseModel):
         self._attention_agrees()
         if self.msrd_scales[:1] != (1,) or list(self.msrd_scales) != sorted(set(self.msrd_scales)):
             raise ValueError(f"msrd_scales = {list(self.msrd_scales)}: must begin with 1 and increase")
+        if self.core != "ice":
+            self._family_agrees()
+        if self.convergence_eps and self.core != "refine":
+            raise ValueError(f"convergence_eps = {self.convergence_eps}: only core = refine stops by it")
         if self.n_experts:
             self._experts_agree()
         elif self.aec:
             raise ValueError("aec = true: n_experts = 0 leaves no expert output to reuse")
         return self
+
+    def _family_agrees(self) -> None:
+        """The ideas that change Ice's own loop belong to it."""
+        for name in ("msrd_scales", "lora_rank", "slu", "aec", "act"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} = {getattr(self, name)}: only core = ice has it, not core = {self.core}")
+        if self.core == "apex":
+            if self.attn_type == "mla":
+                raise ValueError("attn_type = mla: core = apex reads its memory with grouped heads; use gqa or moda_v2")
+            if self.sandwich_norm:
+                raise ValueError("sandwich_norm = true: core = apex has none")
 
     def _attention_agrees(self) -> None:
         if self.attn_type == "mla":
@@ -250,6 +273,7 @@ class IceConfig(BaseModel):
             "recurrent_layers": min(self.recurrent_layers, 2),
             "coda_layers": min(self.coda_layers, 1),
             "max_loop_iters": min(self.max_loop_iters, 4),
+            "memory_slots": min(self.memory_slots, 3),
             "msrd_scales": self.msrd_scales[:3],
             "lora_rank": min(self.lora_rank, 4),
             "n_heads": 4,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from model.adaptive_depth import AdaptiveDepth
 from model.attention import Cache
+from model.depth import DecodingController
 from model.sampling import Sampling, Uniforms, draw, probabilities
 
 if TYPE_CHECKING:
@@ -89,7 +89,12 @@ class Batch:
 
     @torch.no_grad()
     def read(
-        self, ids_BS: torch.Tensor, n_loops: int, controller: AdaptiveDepth | None = None, *, only_last: bool = False
+        self,
+        ids_BS: torch.Tensor,
+        n_loops: int,
+        controller: DecodingController | None = None,
+        *,
+        only_last: bool = False,
     ) -> torch.Tensor:
         """Logits (B, S, V) of the next tokens, or (B, 1, V) of the last; the cache remembers them."""
         if controller is not None:
@@ -155,7 +160,7 @@ class Batch:
 
 
 def decode_one_by_one(
-    batch: Batch, prompt_BS: torch.Tensor, max_new_tokens: int, controller: AdaptiveDepth | None = None
+    batch: Batch, prompt_BS: torch.Tensor, max_new_tokens: int, controller: DecodingController | None = None
 ) -> Iterator[NewTokens]:
     """Yield up to ``max_new_tokens`` tokens of each sequence, each read as deep as ``controller`` says."""
     logits_BV = batch.read_prompt(prompt_BS)

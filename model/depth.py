@@ -24,7 +24,16 @@ class DepthController(Protocol):
         """A forward begins: the encoded input, and the most loops it may run."""
 
     def continues(self, loop: int, h_BSD: torch.Tensor) -> torch.Tensor:
-        """Whether loop number ``loop`` (counted from 0, at least 1) is run, (B, S) bool, given the state before it."""
+        """Whether loop number ``loop`` (counted from 0, at least 1) is run, (B, S) bool.
+
+        ``h_BSD`` is what the core shows of the loop before: its state, unless its ``shown`` says otherwise.
+        """
+
+
+class DecodingController(DepthController, Protocol):
+    """A controller that is told which sequences have ended, so that they hold up no other."""
+
+    ended_B: torch.Tensor | None
 
 
 class FollowedDepths:

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.adaptive_depth import AdaptiveDepth
+from model.apex_core import ScoreSchedule
 from model.attention.cache import Cache
 from model.config import IceConfig, KvPolicy
 from model.decoding import Batch, GenerationStatistics, NewTokens, decode_one_by_one
+from model.depth import DecodingController
 from model.sampling import Sampling, Uniforms
 from model.speculative_decoding import KINDS_OF_UNIFORMS, decode_speculatively
 
@@ -58,13 +60,19 @@ class FullDepth:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Another loop for a token as long as the depth heads give it a benefit with at least this probability."""
+    """Another loop for a token as long as the depth heads give it a benefit with at least this probability.
+
+    With an Apex core: another step as long as its score is below ``threshold`` and the verifier gives a benefit with at
+    least ``gain_threshold``, which only Apex reads.
+    """
 
     threshold: float = 0.5
+    gain_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
         _check_threshold(self.threshold)
+        _check_threshold(self.gain_threshold)
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ def stream(model: IceModel, prompts: Prompts, options: GenerationOptions) -> Tok
         case FullDepth():
             tokens = decode_one_by_one(batch, ids_BS, options.max_new_tokens)
         case Adaptive():
-            controller = _depth_controller(model, decoding.threshold)
+            controller = _depth_controller(model, decoding.threshold, decoding.gain_threshold)
             tokens = decode_one_by_one(batch, ids_BS, options.max_new_tokens, controller)
         case Speculative():
             draft_loops = max(1, n_loops // 4) if decoding.draft_loops is None else decoding.draft_loops
@@ -279,7 +287,9 @@ def _new_cache(config: IceConfig, options: GenerationOptions) -> Cache:
     return cache
 
 
-def _depth_controller(model: IceModel, threshold: float) -> AdaptiveDepth:
+def _depth_controller(model: IceModel, threshold: float, gain_threshold: float = 0.0) -> DecodingController:
+    if model.config.core == "apex":
+        return ScoreSchedule(threshold, gain_threshold)
     if model.depth_heads is None:
         raise ValueError(f"threshold = {threshold}: this model has no depth heads to ask (slu = false)")
     return AdaptiveDepth(model.depth_heads, threshold)

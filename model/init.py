@@ -7,14 +7,21 @@ counted once per loop, two writes a block), so that the stream's variance at the
 
 Every module fills its own parameters inside its own ``__init__``: ``deepspeed.zero.Init`` partitions them the moment
 that returns, and a parent would only see empty tensors.
+
+Routed experts are most of a model, and a rank has a few of them. Each of their matrices is therefore drawn from a
+generator of its own, :class:`ExpertDraws`: whoever holds an expert can draw it, alone, and gets the same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.config import IceConfig
 
@@ -56,3 +63,52 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Fill the weight, (out_features, in_features)."""
         nn.init.normal_(self.weight, std=self.init_std)
+
+
+@dataclass(frozen=True)
+class ExpertDraws:
+    """The initial weights of a layer's routed experts, of which anyone may draw any part.
+
+    Each matrix (gate, up, down) of each expert comes from a generator seeded by the layer's seed, the expert's number
+    among all experts and the matrix, in fp32, and is rounded to the dtype it is kept in. What a rank draws therefore
+    depends neither on which other experts it holds nor on how many ranks there are. CPU and GPU generators differ.
+    """
+
+    seed: Tensor  # of the layer, int64 on the CPU
+    hidden_std: float  # of gate and up
+    output_std: float  # of down
+
+    @staticmethod
+    def of_next_layer(config: IceConfig) -> ExpertDraws:
+        """Those of a layer being built: one number from torch's generator, which stays where it is on ``meta``."""
+        return ExpertDraws(torch.randint(2**62, ()), matrix_std(config.dim), output_std(config, config.expert_dim))
+
+    @torch.no_grad()
+    def fill(self, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, first_expert: int = 0) -> None:
+        """Fill the matrices of the experts from ``first_expert`` on; needs memory for one more matrix in fp32."""
+        seed = int(self.seed)
+        generator = torch.Generator(gate_EFD.device)
+        stacks = ((gate_EFD, self.hidden_std), (up_EFD, self.hidden_std), (down_EDF, self.output_std))
+        for matrix, (stack, std) in enumerate(stacks):
+            drawn = torch.empty(stack.shape[1:], dtype=torch.float32, device=stack.device)
+            for expert, weight in enumerate(stack, start=first_expert):
+                generator.manual_seed(seed + len(stacks) * expert + matrix)
+                weight.copy_(drawn.normal_(std=std, generator=generator))
+
+
+_shapes_only: ContextVar[bool] = ContextVar("experts_are_shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def experts_without_memory() -> Iterator[None]:
+    """Models built inside have routed experts that are shapes (on ``meta``), for someone who keeps a few of them."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def expert_device() -> str | None:
+    """Where a layer being built puts its routed experts: ``meta`` inside :func:`experts_without_memory`."""
+    return "meta" if _shapes_only.get() else None

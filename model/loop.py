@@ -1,10 +1,26 @@
-r"""The looped core: T passes through the same blocks, inside ONE module's forward.
+r"""What a looped core is: T passes of one step over the same weights, inside ONE module's forward.
 
-    u = norm(h_t + e) + step(t)
-    h_(t+1) = A * h_t + B * e + F,    F = blocks(u) - u   (the blocks' update; their residual stream is not added again)
+    h_(t+1), carries_(t+1) = step(h_t, carries_t, inputs, t)        inputs: e, and what is made of it once a forward
+
+:class:`LoopedCore` runs the loop; a family of architectures is a subclass that says what a step is (``ice_core.py``,
+``plain_core.py``, ``refine_core.py``, ``apex_core.py``; ``cores.py`` chooses). A subclass must define
+
+    inputs(e, context)          what every loop is given besides the state
+    first_carries(h)            what a loop hands to the next besides the state, before the first
+    _step(h, carries, *inputs, loop)
+
+and may define, each with a default that does nothing,
+
+    loop_output(carries)        what one loop says for itself, collected over loops (per-loop outputs)
+    held(running, new, old)     what of the carries stays as it was where a token has ended
+    settled(carries)            whether further loops would change nothing, so that they need not run
+    output(state)               the state as the coda reads it
+    shown(state)                what a depth controller is asked about
+    measured(state)             numbers of the whole loop, for the output
 
 One forward for the whole loop is what lets ZeRO-3 treat the core as a leaf: its parameters are gathered once per
-forward and once per backward, whatever T is.
+forward and once per backward, whatever T is. No step may depend on anything but its arguments: it is run again in the
+backward. Loops end early only where no rank waits for them: never in training, and never with experts.
 
 A :class:`~model.depth.DepthPlan` says how deep. ``grad_loops = k`` runs the first T - k loops without a graph
 (truncated backpropagation: the gradient of the last k loops with h_(T-k) as a constant). ``sequence_loops`` gives each
@@ -15,14 +31,15 @@ Shapes: B batch, S sequence, D width, T loops.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from model import remat
 from model.attention import SequenceContext, Site
-from model.blocks import Block, BlockCarry
+from model.blocks import Block
 from model.config import IceConfig
 from model.depth import DepthPlan
 from model.expert_load import ExpertLoad
@@ -30,21 +47,16 @@ from model.gradient_sum import summed_gradients
 from model.grouped_product import expert_weights
 from model.halting import Halting, HaltingState, closed
 from model.initial_noise import normal_noise
-from model.injection import StableInjection
-from model.lora import GatedDepthLoRA
 from model.moe import MoELayer
-from model.norm import RMSNorm
-from model.step_embedding import LoopStepEmbedding
+from model.verifier import RefinementTrace
 
 RANDOM_STATE_STD = 0.02
 
 
 class LoopInputs(NamedTuple):
-    """What every loop of one forward is given, besides the state."""
+    """The least that every loop of one forward is given, besides the state; a core may want more, with these names."""
 
     e_BSD: torch.Tensor
-    decay_D: torch.Tensor
-    drive_BSD: torch.Tensor
     context: SequenceContext
 
 
@@ -52,13 +64,10 @@ class LoopState(NamedTuple):
     """What one loop hands to the next."""
 
     h_BSD: torch.Tensor
-    carries: tuple[BlockCarry, ...]
+    carries: Any  # nested tuples of tensors, as the core's steps hand them on
     halting: HaltingState | None
     change_BS: torch.Tensor  # fp32, no gradient: ||h_t - h_(t-1)|| / ||h_t|| in the last loop a token ran
-
-    def output(self) -> torch.Tensor:
-        """The state as the coda would read it now, (B, S, D)."""
-        return self.h_BSD if self.halting is None else closed(self.halting, self.h_BSD)
+    outputs: tuple[Any, ...] = ()  # what each loop said for itself; empty where the core's loops say nothing
 
 
 States = dict[int, torch.Tensor]  # (B, S, D) by depth, those of the plan's ``read_loops``
@@ -72,41 +81,83 @@ class CoreOutput(NamedTuple):
     loop_residual: torch.Tensor  # scalar fp32, no gradient
     expert_share: torch.Tensor  # scalar fp32, no gradient: expert outputs computed rather than reused (AEC), 1 without
     states_NBSD: torch.Tensor | None = None  # the states at the plan's ``read_loops``
+    loops_used_BS: torch.Tensor | None = None  # int64, loops until a token's state had settled; None: nobody looked
+    refinement: RefinementTrace | None = None  # what the steps of an Apex core say for themselves
 
 
 class LoopedCore(nn.Module):
-    """The recurrent blocks and everything that happens once per loop.
+    """The loop of every family; see the module's docstring for what a subclass defines.
 
     Args:
         config: The model.
         part: The core's name in the decoding cache.
         expert_load: Where the routers count; None: a counter of its own.
-        first_load_layer: Index of the first block's router in ``expert_load``.
     """
 
-    def __init__(
-        self, config: IceConfig, part: str = "core", expert_load: ExpertLoad | None = None, first_load_layer: int = 0
-    ) -> None:
+    blocks: nn.ModuleList
+
+    def __init__(self, config: IceConfig, part: str = "core", expert_load: ExpertLoad | None = None) -> None:
         super().__init__()
         self.config, self.part = config, part
         self.set_remat("none")
         self.expert_load = expert_load or ExpertLoad(config.recurrent_layers, config.n_experts)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.step_embedding = LoopStepEmbedding(config.dim)
-        self.injection = StableInjection(config.dim)
-        moe = config.n_experts > 0
-        self.blocks = nn.ModuleList(
-            Block(config, moe=moe, load_layer=first_load_layer + layer, looped=True)
+        self.halting: Halting | None = None
+
+    def make_blocks(self, first_load_layer: int = 0) -> nn.ModuleList:
+        """The recurrent blocks, their routers counting in ``expert_load`` from layer ``first_load_layer`` on."""
+        config = self.config
+        blocks = [
+            Block(config, moe=config.n_experts > 0, load_layer=first_load_layer + layer, looped=True)
             for layer in range(config.recurrent_layers)
-        )
-        for block in self.blocks:
+        ]
+        self.count_experts(blocks)
+        return nn.ModuleList(blocks)
+
+    def count_experts(self, blocks: Iterable[Any]) -> None:
+        """Let the routers of ``blocks`` (anything with an ``ffn``) count in this core's ``expert_load``."""
+        for block in blocks:
             if isinstance(block.ffn, MoELayer):
                 block.ffn.router.expert_load = self.expert_load
-        if config.lora_rank:
-            self.adapters = nn.ModuleList(GatedDepthLoRA(config) for _ in range(config.recurrent_layers))
-        self.halting = Halting(config) if config.act else None
-        if config.initial_state == "learned":
-            self.initial_state = nn.Parameter(torch.zeros(config.dim))
+
+    def inputs(self, e_BSD: torch.Tensor, context: SequenceContext) -> Any:
+        """What every loop is given besides the state: a NamedTuple with at least the fields of ``LoopInputs``."""
+        return LoopInputs(e_BSD, context)
+
+    def first_carries(self, h_BSD: torch.Tensor) -> Any:
+        """What the first step gets from the loop before it."""
+        raise NotImplementedError
+
+    def _step(self, h_BSD: torch.Tensor, carries: Any, *inputs_and_loop: Any) -> tuple[torch.Tensor, Any]:
+        """One loop: the next state (B, S, D) and carries, from ``(h, carries, *inputs, loop)``."""
+        raise NotImplementedError
+
+    def loop_output(self, carries: Any) -> Any:
+        """What the loop that left ``carries`` says for itself; None: nothing."""
+        return None
+
+    def held(self, running_BS1: torch.Tensor, new: Any, old: Any) -> Any:
+        """The carries to go on with where ``running_BS1`` is false for tokens that have ended."""
+        return new
+
+    def settled(self, carries: Any) -> bool:
+        """Whether more loops would leave every token as it is."""
+        return False
+
+    def moving(self, carries: Any) -> Any:
+        """``carries`` with every token still running: what measures of the loop's dynamics want."""
+        return carries
+
+    def output(self, state: LoopState) -> torch.Tensor:
+        """The state as the coda would read it now, (B, S, D)."""
+        return state.h_BSD if state.halting is None else closed(state.halting, state.h_BSD)
+
+    def shown(self, state: LoopState) -> torch.Tensor:
+        """What a depth controller is asked about; (B, S, ...)."""
+        return self.output(state)
+
+    def measured(self, state: LoopState) -> dict[str, Any]:
+        """More fields of the :class:`CoreOutput`."""
+        return {}
 
     def set_remat(self, policy: remat.RematPolicy, offload: bool = False) -> None:
         """Choose what the loops keep for the backward, and whether in host memory; see ``model/remat``."""
@@ -114,12 +165,11 @@ class LoopedCore(nn.Module):
 
     def forward(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:
         """Run ``plan.n_loops`` loops from the encoded input ``e``, the normalised output of the prelude."""
-        decay, drive = self.injection()
-        inputs = LoopInputs(e_BSD, decay.to(e_BSD.dtype), drive.to(e_BSD.dtype) * e_BSD, context)
+        inputs = self.inputs(e_BSD, context)
         h_BSD = self._initial_state(e_BSD, plan.noise_keys_B)
         halting = None if self.halting is None else self.halting.start(h_BSD)
         unmoved_BS = h_BSD.new_zeros(h_BSD.shape[:2], dtype=torch.float32)
-        state = LoopState(h_BSD, tuple(BlockCarry() for _ in self.blocks), halting, unmoved_BS)
+        state = LoopState(h_BSD, self.first_carries(h_BSD), halting, unmoved_BS)
 
         run = self._all_loops if plan.controller is None else self._controlled_loops
         with summed_gradients(expert_weights(self.blocks)):
@@ -128,14 +178,16 @@ class LoopedCore(nn.Module):
         residual = state.change_BS.mean()
         ponder_cost = torch.zeros_like(residual) if state.halting is None else state.halting.depth_BS.mean()
         read_NBSD = torch.stack([states[loop] for loop in plan.read_loops]) if plan.read_loops else None
-        return CoreOutput(state.output(), ponder_cost, residual, self._expert_share(state.carries, residual), read_NBSD)
+        measured = {"expert_share": torch.ones_like(residual), **self.measured(state)}
+        return CoreOutput(self.output(state), ponder_cost, residual, states_NBSD=read_NBSD, **measured)
 
-    def _all_loops(self, state: LoopState, inputs: LoopInputs, plan: DepthPlan) -> tuple[LoopState, States]:
+    def _all_loops(self, state: LoopState, inputs: Any, plan: DepthPlan) -> tuple[LoopState, States]:
         """All of the plan's loops: the first without a graph, the others under the policy of ``set_remat``."""
         first_with_graph = 0 if plan.grad_loops is None else max(plan.n_loops - plan.grad_loops, 0)
         with torch.no_grad():
             state, states = self._loops(state, inputs, plan, range(first_with_graph))
-        host = remat.HostCopies(inputs[:3]) if self.offload else None
+        shared = [each for each in inputs if isinstance(each, torch.Tensor)]
+        host = remat.HostCopies(shared) if self.offload else None
         nested = self.remat == "sqrt" and torch.is_grad_enabled()
         *outer, last = remat.segments(range(first_with_graph, plan.n_loops), nested)
         for segment in outer:
@@ -149,23 +201,28 @@ class LoopedCore(nn.Module):
     def _loops(
         self,
         state: LoopState,
-        inputs: LoopInputs,
+        inputs: Any,
         plan: DepthPlan,
         loops: range,
         host: remat.HostCopies | None = None,
     ) -> tuple[LoopState, States]:
         """A run of loops, and the states wanted on the way."""
         states = {}
+        waited_for = self.training or torch.is_grad_enabled() or self.config.n_experts > 0
+        may_end = not waited_for and inputs.context.cache is None and plan.sequence_loops_B is None
+        ended = False
         for loop in loops:
-            state = self._loop(state, inputs, plan, loop, host=host)
+            if not ended:
+                state = self._loop(state, inputs, plan, loop, host=host)
+                ended = may_end and self.settled(state.carries)
             if loop + 1 in plan.read_loops:
-                states[loop + 1] = state.output()
+                states[loop + 1] = self.output(state)
         return state, states
 
     def _loop(
         self,
         state: LoopState,
-        inputs: LoopInputs,
+        inputs: Any,
         plan: DepthPlan,
         loop: int,
         running_BS1: torch.Tensor | None = None,
@@ -188,15 +245,18 @@ class LoopedCore(nn.Module):
         h_BSD, change_BS = new_BSD, state.change_BS
         if running_BS1 is not None:
             h_BSD = torch.where(running_BS1, new_BSD, old_BSD)
-            change_BS = torch.where(running_BS1.squeeze(-1), _relative_change(new_BSD, old_BSD), change_BS)
+            carries = self.held(running_BS1, carries, state.carries)
+            change_BS = torch.where(running_BS1.squeeze(-1), relative_change(new_BSD, old_BSD), change_BS)
         elif loop == plan.n_loops - 1 or plan.controller is not None:
-            change_BS = _relative_change(new_BSD, old_BSD)
+            change_BS = relative_change(new_BSD, old_BSD)
         halting = state.halting
         if self.halting is not None and halting is not None:
             halting = self.halting(halting, h_BSD, loop, last)
-        return LoopState(h_BSD, carries, halting, change_BS)
+        said = self.loop_output(carries)
+        outputs = state.outputs if said is None else (*state.outputs, said)
+        return LoopState(h_BSD, carries, halting, change_BS, outputs)
 
-    def _controlled_loops(self, state: LoopState, inputs: LoopInputs, plan: DepthPlan) -> tuple[LoopState, States]:
+    def _controlled_loops(self, state: LoopState, inputs: Any, plan: DepthPlan) -> tuple[LoopState, States]:
         """Loops while the plan's controller lets a token go on; only while decoding, without gradients."""
         controller, context = plan.controller, inputs.context
         assert controller is not None
@@ -205,7 +265,7 @@ class LoopedCore(nn.Module):
         states: States = {}
         for loop in range(plan.n_loops):
             if loop > 0:
-                continues_BS1 = controller.continues(loop, state.output()).unsqueeze(-1)
+                continues_BS1 = controller.continues(loop, self.shown(state)).unsqueeze(-1)
                 running_BS1 = continues_BS1 if running_BS1 is None else running_BS1 & continues_BS1
                 if not bool(running_BS1.any()):
                     self._remember_skipped(context, loop, plan.n_loops)
@@ -216,32 +276,8 @@ class LoopedCore(nn.Module):
             if running_BS1 is not None:
                 self._hold_ended(context, loop, running_BS1, held)
             if loop + 1 in plan.read_loops:
-                states[loop + 1] = state.output()
+                states[loop + 1] = self.output(state)
         return state, states
-
-    def _step(
-        self,
-        h_BSD: torch.Tensor,
-        carries: tuple[BlockCarry, ...],
-        e_BSD: torch.Tensor,
-        decay_D: torch.Tensor,
-        drive_BSD: torch.Tensor,
-        context: SequenceContext,
-        loop: int,
-    ) -> tuple[torch.Tensor, tuple[BlockCarry, ...]]:
-        stream_BSD = self.norm(h_BSD + e_BSD) + self.step_embedding(loop).to(h_BSD.dtype)
-        next_BSD = torch.addcmul(drive_BSD, decay_D, h_BSD)
-        new_carries = []
-        for layer, (block, carry) in enumerate(zip(self.blocks, carries, strict=True)):
-            if self.config.lora_rank:
-                update_BSD = self.adapters[layer](stream_BSD, loop)
-                stream_BSD, next_BSD = stream_BSD + update_BSD, next_BSD + update_BSD
-            update_BSD, new_carry = block(stream_BSD, self._site(context, layer, loop), carry)
-            new_carries.append(new_carry)
-            next_BSD = next_BSD + update_BSD
-            if layer + 1 < len(self.blocks):
-                stream_BSD = stream_BSD + update_BSD
-        return next_BSD, tuple(new_carries)
 
     def _site(self, context: SequenceContext, layer: int, loop: int) -> Site:
         return context.site(self.part, layer, loop, self.config.window(loop * len(self.blocks) + layer))
@@ -287,14 +323,6 @@ class LoopedCore(nn.Module):
             new_rows = slot.newest(running_BS1.shape[1])
             slot.append(*(torch.where(running_B1S1, n, o) for n, o in zip(new_rows, old_rows, strict=True)))
 
-    def _expert_share(self, carries: tuple[BlockCarry, ...], like: torch.Tensor) -> torch.Tensor:
-        shares = [
-            block.expert_cache.computed_share(carry.experts)
-            for block, carry in zip(self.blocks, carries, strict=True)
-            if isinstance(block, Block) and block.expert_cache is not None
-        ]
-        return torch.stack(shares).mean() if shares else torch.ones_like(like)
-
     def _initial_state(self, e_BSD: torch.Tensor, noise_keys_B: torch.Tensor | None) -> torch.Tensor:
         match self.config.initial_state:
             case "input":
@@ -312,7 +340,7 @@ class LoopedCore(nn.Module):
 
 
 @torch.no_grad()
-def _relative_change(new_BSD: torch.Tensor, old_BSD: torch.Tensor) -> torch.Tensor:
+def relative_change(new_BSD: torch.Tensor, old_BSD: torch.Tensor) -> torch.Tensor:
     """``||new - old|| / ||new||`` of each token, (B, S) fp32."""
     new, old = new_BSD.detach().float(), old_BSD.detach().float()
     change_BS: torch.Tensor = (new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)

@@ -36,7 +36,10 @@ def measured_gain(model: IceModel, input_ids: torch.Tensor, n_loops: int, iterat
             core._step = _remembering(original, calls, index)  # type: ignore[method-assign]
         with torch.no_grad():
             model(input_ids, n_loops)
-        return [_spectral_radius(step, calls[index], iterations) for index, step in enumerate(originals)]
+        return [
+            _spectral_radius(core, step, calls[index], iterations)
+            for index, (core, step) in enumerate(zip(cores, originals, strict=True))
+        ]
     finally:
         for core in cores:
             del core._step  # the class's own method shows again
@@ -51,10 +54,10 @@ def _remembering(step: Callable[..., Any], calls: dict[int, tuple[Any, ...]], in
     return remember
 
 
-def _spectral_radius(step: Callable[..., Any], args: tuple[Any, ...], iterations: int) -> float:
+def _spectral_radius(core: LoopedCore, step: Callable[..., Any], args: tuple[Any, ...], iterations: int) -> float:
     with torch.no_grad():
         h_BSD, carries = step(*args)
-    rest = (carries, *args[2:-1], args[-1] + 1)
+    rest = (core.moving(carries), *args[2:-1], args[-1] + 1)
     with torch.enable_grad():
         h_BSD = h_BSD.detach().requires_grad_()
         next_BSD, _ = step(h_BSD, *rest)

@@ -12,7 +12,7 @@ Shapes: B batch, S sequence, D width, V vocabulary, T loops.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,14 @@ from model import generation, remat
 from model.attention import Cache, SequenceContext, rope_tables
 from model.blocks import Block
 from model.config import IceConfig
+from model.cores import build_core
 from model.depth import DepthController, DepthPlan
 from model.init import head_std, matrix_std
 from model.injection import StableInjection
-from model.loop import LoopedCore
-from model.msrd import MultiScaleCore
 from model.norm import RMSNorm
 from model.speculation import DepthHeads
-from model.token_loss import chunked_token_losses, token_losses
+from model.token_loss import chunked_token_losses, token_losses, token_outcomes
+from model.verifier import RefinementTrace
 
 if TYPE_CHECKING:
     from model.attention.flex import AttentionKernel
@@ -40,6 +40,14 @@ class DepthProbe(NamedTuple):
 
     benefit_logits_HBS: torch.Tensor  # H = 2 heads: the predictor (from e) and the verifier (from the state)
     losses_NBS: torch.Tensor  # each token's loss after ``probe_loop`` and after the next, fp32, no gradient
+
+
+class StepProbe(NamedTuple):
+    """What became of each token after ``probe_loop`` steps and after one more: what Apex's verifier learns from."""
+
+    judged_NBS2: torch.Tensor  # what the verifier said, see ``RefinementTrace``; N = 2 steps
+    losses_NBS: torch.Tensor  # fp32, nats, no gradient
+    correct_NBS: torch.Tensor  # bool: the most likely id was the right one
 
 
 class LoopedOutput(NamedTuple):
@@ -54,6 +62,16 @@ class LoopedOutput(NamedTuple):
     losses_BS: torch.Tensor | None = None  # each token's loss, nats, fp32, with ``targets``
     read_losses_NBS: torch.Tensor | None = None  # those of the states after ``read_loops``, with ``targets``
     probe: DepthProbe | None = None  # what the depth heads learn from, with ``probe_loop``
+    loops_used_BS: torch.Tensor | None = None  # int64, iterations until each position converged (core = refine)
+    refinement: RefinementTrace | None = None  # what the steps say for themselves (core = apex)
+    step_probe: StepProbe | None = None  # what the verifier learns from, with ``probe_loop`` (core = apex)
+
+    @property
+    def token_losses_BS(self) -> torch.Tensor:
+        """``losses_BS`` of a forward that was given ``targets``."""
+        if self.losses_BS is None:
+            raise ValueError("the forward had no targets to take a loss of")
+        return self.losses_BS
 
 
 class Embedding(nn.Module):
@@ -87,10 +105,19 @@ class Head(nn.Module):
             self.weight = tied_weight
 
     def forward(
-        self, x_BSD: torch.Tensor, targets_BS: torch.Tensor | None = None, chunk: int | None = None
-    ) -> torch.Tensor:
-        """(B, S, D) to logits (B, S, V); or, with targets and a chunk of tokens, to losses (B, S)."""
+        self,
+        x_BSD: torch.Tensor,
+        targets_BS: torch.Tensor | None = None,
+        chunk: int | None = None,
+        outcomes: bool = False,
+    ) -> Any:
+        """(B, S, D) to logits (B, S, V); or, with targets and a chunk of tokens, to losses (B, S).
+
+        With ``outcomes`` to losses and whether the most likely id was the right one, both (B, S) and without gradients.
+        """
         if targets_BS is not None and chunk is not None:
+            if outcomes:
+                return token_outcomes(x_BSD, self.weight, targets_BS, chunk)
             return chunked_token_losses(x_BSD, self.weight, targets_BS, chunk)
         return F.linear(x_BSD, self.weight)
 
@@ -114,7 +141,7 @@ class IceModel(nn.Module):
         self.embed = Embedding(config)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps)
-        self.core = LoopedCore(config) if config.msrd_scales == (1,) else MultiScaleCore(config)
+        self.core = build_core(config)
         self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Head(config, self.embed.weight if config.tie_embeddings else None)
@@ -226,8 +253,8 @@ class IceModel(nn.Module):
                 ``initial_state="random"``), such as the sample's number: it then has the same state on any ranks.
                 None: torch's generator.
             read_loops: Depths, each at most ``n_loops``, whose states and logits the output holds too.
-            probe_loop: Depth below ``n_loops`` at which the depth heads are compared with the loss; needs ``slu`` and
-                ``targets``.
+            probe_loop: Depth below ``n_loops`` at which the depth heads, or Apex's verifier, meet the loss; needs
+                ``slu`` or ``core = "apex"``, and ``targets``.
             controller: Ends tokens before ``n_loops`` while decoding.
             only_last: Logits of the last token only, (B, 1, V): all that a prompt's reader wants.
             return_output: Return everything that was measured.
@@ -269,7 +296,13 @@ class IceModel(nn.Module):
             assert read.logits_BSV is not None
             return read.logits_BSV
         output = LoopedOutput(
-            read.logits_BSV, core.ponder_cost, core.loop_residual, core.expert_share, losses_BS=read.losses_BS
+            read.logits_BSV,
+            core.ponder_cost,
+            core.loop_residual,
+            core.expert_share,
+            losses_BS=read.losses_BS,
+            loops_used_BS=core.loops_used_BS,
+            refinement=core.refinement,
         )
         if read_loops:
             states_NBSD = core.states_NBSD[: len(read_loops)]
@@ -279,8 +312,13 @@ class IceModel(nn.Module):
                 read_logits_NBSV=_stacked([one.logits_BSV for one in reads]),
                 read_losses_NBS=_stacked([one.losses_BS for one in reads]),
             )
-        if probe_loop is not None:
+        if probe_loop is not None and self.depth_heads is not None:
             output = output._replace(probe=self._probe(e_BSD, core.states_NBSD[-2:], probe_loop, context, targets))
+        elif probe_loop is not None:
+            assert targets is not None
+            losses_NBS, correct_NBS = self._outcomes(core.states_NBSD[-2:], context, targets)
+            judged_NBS2 = core.refinement.judged_TBS2[probe_loop - 1 : probe_loop + 1]
+            output = output._replace(step_probe=StepProbe(judged_NBS2, losses_NBS, correct_NBS))
         return output
 
     def _check_depths(
@@ -293,7 +331,7 @@ class IceModel(nn.Module):
             if not 1 <= loop <= n_loops:
                 raise ValueError(f"read_loops = {read_loops}: each must be between 1 and n_loops = {n_loops}")
         if probe_loop is not None:
-            if self.depth_heads is None:
+            if self.depth_heads is None and self.config.core != "apex":
                 raise ValueError(f"probe_loop = {probe_loop}: this model has no depth heads (slu = false)")
             if not 1 <= probe_loop < n_loops:
                 raise ValueError(f"probe_loop = {probe_loop}: must be between 1 and n_loops - 1 = {n_loops - 1}")
@@ -330,6 +368,18 @@ class IceModel(nn.Module):
         assert losses_NBS is not None
         return DepthProbe(benefit_logits_HBS, losses_NBS)
 
+    @torch.no_grad()
+    def _outcomes(
+        self, states_NBSD: torch.Tensor, context: SequenceContext, targets_BS: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and hits (N, B, S) of the states, read without gradients."""
+        outcomes = []
+        for h_BSD in states_NBSD:
+            x_BSD = self.norm(self._run_once("coda", self.coda, h_BSD, context))
+            outcomes.append(self.head(x_BSD, targets_BS, self.loss_chunk or targets_BS.numel(), outcomes=True))
+        losses, correct = zip(*outcomes, strict=True)
+        return torch.stack(losses), torch.stack(correct)
+
     def _run_once(
         self, part: str, blocks: nn.ModuleList, x_BSD: torch.Tensor, context: SequenceContext
     ) -> torch.Tensor:
@@ -348,7 +398,13 @@ class IceModel(nn.Module):
 
     @torch.no_grad()
     def get_spectral_radius(self) -> float:
-        """max(A): the largest decay of the loop's linear part, always below 1 - 2^-7."""
+        """max(A): the largest decay of the loop's linear part, always below 1 - 2^-7.
+
+        Raises:
+            ValueError: Where the core has no such part.
+        """
+        if not self.injections():
+            raise ValueError(f"core = {self.config.core}: has no linear injection")
         return max(float(injection.decay().max()) for injection in self.injections())
 
     @overload

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from model import remat
 from model.config import IceConfig
 from model.expert_load import ExpertLoad
 from model.grouped_product import GroupedProduct, grouped_mm
-from model.init import matrix_std, output_std
+from model.init import ExpertDraws, expert_device, matrix_std
 from model.swiglu import SwiGLU, swiglu
 
 
@@ -144,6 +145,17 @@ def plan_dispatch(routes: Routes | Choice, row_alignment: int = 1) -> DispatchPl
     return DispatchPlan(token_of_row_R, row_of_choice.view(-1, top_k), offsets_E.to(torch.int32))
 
 
+def _gathered_sum(rows_RD: torch.Tensor, row_of_choice_NK: torch.Tensor, gates_NK: torch.Tensor | None) -> torch.Tensor:
+    """Each token's sum over its K rows, times their gates where given, (N, D), added up in fp32."""
+    if rows_RD.is_cpu and rows_RD.dtype == torch.float32:
+        # One pass that writes (N, D) alone: gathering first writes K times that, and reads it again.
+        return F.embedding_bag(row_of_choice_NK, rows_RD, per_sample_weights=gates_NK, mode="sum")
+    choices_NKD = rows_RD[row_of_choice_NK]
+    if gates_NK is not None:
+        choices_NKD = choices_NKD * gates_NK.unsqueeze(-1)
+    return choices_NKD.sum(dim=1).to(rows_RD.dtype)
+
+
 class _Dispatch(torch.autograd.Function):
     """Tokens to rows, (N, D) to (R, D). The gradient gathers each token's K rows instead of scattering."""
 
@@ -155,17 +167,17 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (row_of_choice_NK,) = ctx.saved_tensors
-        return grads[0][row_of_choice_NK].sum(dim=1), None, None
+        return _gathered_sum(grads[0].contiguous(), row_of_choice_NK, None), None, None
 
 
 class _Collect(torch.autograd.Function):
-    """Rows to choices, (R, D) to (N, K, D). The gradient is a copy: each row was read at most once."""
+    """Rows to the choices they were made for, (R, D) to (N, D), where each token has one."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: torch.Tensor, row_of_choice_NK: torch.Tensor) -> Any:
         ctx.save_for_backward(row_of_choice_NK)
         ctx.n_rows = rows_RD.shape[0]
-        return rows_RD[row_of_choice_NK]
+        return rows_RD.index_select(0, row_of_choice_NK.reshape(-1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -174,7 +186,37 @@ class _Collect(torch.autograd.Function):
         unread = ctx.n_rows > row_of_choice_NK.numel()  # rows that padding put there
         new = grad.new_zeros if unread else grad.new_empty
         grad_RD = new(ctx.n_rows, grad.shape[-1])
-        return grad_RD.index_copy_(0, row_of_choice_NK.reshape(-1), grad.flatten(0, 1)), None
+        return grad_RD.index_copy_(0, row_of_choice_NK.reshape(-1), grad), None
+
+
+class _Mix(torch.autograd.Function):
+    """Rows to tokens, (R, D) to (N, D): each token's gated sum. Both gradients gather, and write (R, D) once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: torch.Tensor,
+        gates_NK: torch.Tensor,
+        token_of_row_R: torch.Tensor,
+        row_of_choice_NK: torch.Tensor,
+    ) -> Any:
+        ctx.save_for_backward(rows_RD, gates_NK, token_of_row_R, row_of_choice_NK)
+        return _gathered_sum(rows_RD, row_of_choice_NK, gates_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows_RD, gates_NK, token_of_row_R, row_of_choice_NK = ctx.saved_tensors
+        grad_of_row_RD = grads[0].index_select(0, token_of_row_R).to(gates_NK.dtype)
+        grad_rows = grad_gates = None
+        if ctx.needs_input_grad[1]:
+            grad_gates = (rows_RD * grad_of_row_RD).sum(dim=-1)[row_of_choice_NK]
+        if ctx.needs_input_grad[0]:
+            # A row that padding put there has gate 0, so that nothing flows back.
+            gate_of_row_R = gates_NK.new_zeros(token_of_row_R.shape[0])
+            gate_of_row_R.index_copy_(0, row_of_choice_NK.reshape(-1), gates_NK.reshape(-1))
+            grad_rows = grad_of_row_RD.mul_(gate_of_row_R.unsqueeze(-1)).to(rows_RD.dtype)
+        return grad_rows, grad_gates, None, None
 
 
 def dispatch(x_ND: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
@@ -184,14 +226,15 @@ def dispatch(x_ND: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
 
 
 def collect(rows_RD: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
-    """Rows back to the choices they were made for, (R, D) to (N, K, D)."""
-    choices_NKD: torch.Tensor = _Collect.apply(rows_RD, plan.row_of_choice_NK)
-    return choices_NKD
+    """Undo a dispatch of one choice a token, (R, D) to (N, D)."""
+    rows_ND: torch.Tensor = _Collect.apply(rows_RD, plan.row_of_choice_NK)
+    return rows_ND
 
 
-def mix(choices_NKD: torch.Tensor, gates_NK: torch.Tensor) -> torch.Tensor:
-    """Each token's gated sum, (N, D), added up in fp32."""
-    return (choices_NKD * gates_NK.unsqueeze(-1)).sum(dim=1).to(choices_NKD.dtype)
+def mix(rows_RD: torch.Tensor, plan: DispatchPlan, gates_NK: torch.Tensor) -> torch.Tensor:
+    """Rows back to their tokens, (R, D) to (N, D): each token's gated sum, added up in fp32."""
+    mixed_ND: torch.Tensor = _Mix.apply(rows_RD, gates_NK, plan.token_of_row_R, plan.row_of_choice_NK)
+    return mixed_ND
 
 
 class Experts(nn.Module):
@@ -199,10 +242,13 @@ class Experts(nn.Module):
 
     def __init__(self, config: IceConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
-        self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
-        nn.init.normal_(self.gate_up_proj, std=matrix_std(config.dim))
-        nn.init.normal_(self.down_proj, std=output_std(config, config.expert_dim))
+        experts, hidden, dim, device = config.n_experts, config.expert_dim, config.dim, expert_device()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim, device=device))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden, device=device))
+        self.draws = ExpertDraws.of_next_layer(config)
+        if not self.down_proj.is_meta:
+            gate, up = self.gate_up_proj.detach().chunk(2, dim=1)
+            self.draws.fill(gate, up, self.down_proj.detach())
         self.product: GroupedProduct = grouped_mm
 
     def forward(self, rows_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -241,4 +287,4 @@ class MoELayer(nn.Module):
         alignment = max(row_alignment(x_ND.device, x_ND.dtype), self.experts.product.row_alignment)
         plan = remat.keep("routes", lambda: plan_dispatch(routes, alignment))
         rows_RD = self.experts(dispatch(x_ND, plan), plan.offsets_E)
-        return mix(collect(rows_RD, plan), routes.gates_NK)
+        return mix(rows_RD, plan, routes.gates_NK)

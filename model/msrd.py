@@ -22,7 +22,8 @@ from model.attention import SequenceContext
 from model.config import IceConfig
 from model.depth import DepthPlan, FollowedDepths
 from model.expert_load import ExpertLoad
-from model.loop import CoreOutput, LoopedCore
+from model.ice_core import IceCore
+from model.loop import CoreOutput
 from model.norm import RMSNorm
 
 
@@ -47,7 +48,7 @@ class ScaleFusion(nn.Module):
 
 
 class MultiScaleCore(nn.Module):
-    """In the place of one :class:`LoopedCore`: several, and the gate that fuses them."""
+    """In the place of one :class:`~model.ice_core.IceCore`: several, and the gate that fuses them."""
 
     def __init__(self, config: IceConfig) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class MultiScaleCore(nn.Module):
         layers = config.recurrent_layers
         self.expert_load = ExpertLoad(len(config.msrd_scales) * layers, config.n_experts)
         self.scales = nn.ModuleList(
-            LoopedCore(config, f"core.{index}", self.expert_load, index * layers)
+            IceCore(config, f"core.{index}", self.expert_load, index * layers)
             for index in range(len(config.msrd_scales))
         )
         self.fusion = ScaleFusion(config)
@@ -63,7 +64,7 @@ class MultiScaleCore(nn.Module):
     def set_remat(self, policy: remat.RematPolicy, offload: bool = False) -> None:
         """Choose what every scale's loops keep for the backward; see ``model/remat``."""
         for core in self.scales:
-            assert isinstance(core, LoopedCore)
+            assert isinstance(core, IceCore)
             core.set_remat(policy, offload)
 
     def forward(self, e_BSD: torch.Tensor, context: SequenceContext, plan: DepthPlan) -> CoreOutput:

@@ -165,6 +165,11 @@ def _loop_attention_flops(config: IceConfig, loop: int, context: int) -> float:
         attention_flops_per_token(config, context, config.window(loop * layers + layer), history)
         for layer in range(layers)
     )
+    if config.core == "apex":
+        # The memory's other slots pass through the key and value matrices too, and the reading's scores and mixing.
+        slots, kv_rows = config.memory_slots, 2 * config.n_kv_heads * config.head_dim
+        flops += layers * (2 * (slots - 1) * kv_rows * config.dim + 4 * slots * config.dim)
+        flops += 2 * (slots - 1) * config.dim**2  # the slots' gate
     if config.kv_policy == "gated" and loop > 0:
         flops += layers * attention_flops_per_token(config, context, config.kv_gate_window)
     return flops

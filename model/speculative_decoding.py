@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 import torch
 
-from model.adaptive_depth import AdaptiveDepth
 from model.decoding import Batch, NewTokens
+from model.depth import DecodingController
 from model.sampling import draw, probabilities
 
 # The random numbers of a place: for the draft, for its acceptance, for what is drawn in its stead (or after it).
@@ -69,7 +69,7 @@ def decode_speculatively(
     max_new_tokens: int,
     draft_tokens: int,
     draft_loops: int,
-    controller: AdaptiveDepth | None = None,
+    controller: DecodingController | None = None,
 ) -> Iterator[NewTokens]:
     """Yield up to ``max_new_tokens`` tokens of each sequence; what remains of a round is never more than asked for.
 
@@ -110,7 +110,7 @@ def decode_speculatively(
 
 
 def _draft(
-    batch: Batch, last_B: torch.Tensor, count: int, draft_loops: int, controller: AdaptiveDepth | None
+    batch: Batch, last_B: torch.Tensor, count: int, draft_loops: int, controller: DecodingController | None
 ) -> list[Draft]:
     """``count`` tokens after ``last_B``, which is not read yet; the cache is left as it was."""
     drafts: list[Draft] = []

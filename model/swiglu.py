@@ -19,11 +19,24 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Keeps its input alone for the backward, and writes both gradients where they belong: autograd would keep
     ``silu(gate)`` as well and join the two halves by a copy.
     """
-    product: torch.Tensor = _Activation.apply(gate_up)
+    product: torch.Tensor = _Packed.apply(gate_up)
     return product
 
 
-class _Activation(torch.autograd.Function):
+def swiglu_of(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The same of two tensors (..., F), for layers whose projections are apart."""
+    product: torch.Tensor = _Apart.apply(gate, up)
+    return product
+
+
+def _write_gradients(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, grad_gate: torch.Tensor, grad_up: torch.Tensor
+) -> None:
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+
+
+class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
@@ -34,12 +47,24 @@ class _Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        _write_gradients(grads[0], *gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1))
         return grad_gate_up
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        _write_gradients(grads[0], gate, up, grad_gate, grad_up)
+        return grad_gate, grad_up
 
 
 class SwiGLU(nn.Module):

@@ -45,6 +45,20 @@ def chunked_token_losses(x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, c
     return losses_N.view_as(targets_BS)
 
 
+@torch.no_grad()
+def token_outcomes(x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Each token's loss (B, S) fp32, and whether its target was the most likely id, bool; no gradients.
+
+    Ignored targets have loss 0 and are never right. The logits of ``chunk`` tokens exist at a time.
+    """
+    losses, correct = [], []
+    for x_CD, targets_C in zip(x_BSD.flatten(0, 1).split(chunk), targets_BS.flatten().split(chunk), strict=True):
+        logits_CV = F.linear(x_CD, weight_VD).float()
+        losses.append(F.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED_TARGET, reduction="none"))
+        correct.append(logits_CV.argmax(dim=-1) == targets_C)
+    return torch.cat(losses).view_as(targets_BS), torch.cat(correct).view_as(targets_BS)
+
+
 class _ChunkedLinearLoss(torch.autograd.Function):
     """Losses (N,) fp32 of x (N, D) and the head's weight (V, D)."""
 

@@ -14,10 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from launch.settings import BadInputError, SettingError
 from model.config import IceConfig
+from model.families import PRESETS
 from model.fp8 import Fp8Part, RecipeName
 from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
-from model.variants import VARIANTS
+from pretrain.tasks import AnyTask
 
 
 class Section(BaseModel):
@@ -41,9 +42,10 @@ class RunSection(Section):
 
 
 class SourceSection(Section):
-    """A data set, or some documents of one, as a part of the mixture (``pretrain/data/selection.py``)."""
+    """A data set, some documents of one, or a task, as a part of the mixture (``pretrain/data/source.py``)."""
 
-    path: str
+    path: str = Field("", description="a prepared data set; empty for a task")
+    task: AnyTask | None = Field(None, description="problems that are generated (``pretrain/tasks``)")
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default the folder's name")
     weight: float = Field(1.0, ge=0, description="share of the sequences, in proportion to the other sources'")
     max_epochs: int | None = Field(None, ge=1, description="then its weight goes to the others; null repeats for ever")
@@ -60,10 +62,16 @@ class SourceSection(Section):
     @property
     def label(self) -> str:
         """The name that stages, errors and tables use."""
-        return self.name or Path(self.path).name
+        return self.name or (Path(self.path).name if self.task is None else self.task.kind)
 
     @model_validator(mode="after")
     def _bounds_rise(self) -> SourceSection:
+        if (self.task is None) == (self.path == ""):
+            raise SettingError("path", self.path, "a source is a prepared data set (path) or a task, one of them")
+        if self.task is not None:
+            for key in ("domains", "min_document_tokens", "max_document_tokens", "difficulty", "difficulty_file"):
+                if getattr(self, key) is not None:
+                    raise SettingError(key, getattr(self, key), "chooses documents of a data set; a task has settings")
         if self.difficulty is not None and not 0 <= self.difficulty[0] < self.difficulty[1] <= 1:
             raise SettingError("difficulty", self.difficulty, "must be two rising quantiles in [0, 1]")
         if self.difficulty_file is not None and self.difficulty is None:
@@ -101,7 +109,7 @@ class DataSection(Section):
     first source's.
     """
 
-    path: str
+    path: str = Field(description="a prepared data set; empty where the first source is a task")
     sequence_length: int = Field(1024, ge=2, description="tokens a sequence; the longest one where stages shorten it")
     global_batch_size: int = Field(256, ge=1, description="sequences an optimizer step, over all ranks")
     sources: tuple[SourceSection, ...] = Field((), description="a mixture instead of one data set")
@@ -125,14 +133,22 @@ class DataSection(Section):
     def _path_of_first_source(cls, values: Any) -> Any:
         if isinstance(values, dict) and "path" not in values:
             sources = values.get("sources")
-            if isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], dict) and "path" in sources[0]:
-                return {**values, "path": sources[0]["path"]}
+            if isinstance(sources, (list, tuple)) and sources and isinstance(sources[0], dict):
+                if "path" in sources[0]:
+                    return {**values, "path": sources[0]["path"]}
+                if "task" in sources[0]:
+                    return {**values, "path": ""}
         return values
 
     @property
     def all_sources(self) -> tuple[SourceSection, ...]:
         """The sources; of ``path`` alone the one it is."""
         return self.sources or (SourceSection(path=self.path),)
+
+    @property
+    def folders(self) -> list[str]:
+        """Every prepared data set that the section names, once."""
+        return sorted({path for path in (self.path, *(source.path for source in self.all_sources)) if path})
 
     @property
     def all_stages(self) -> tuple[ResolvedStage, ...]:
@@ -155,6 +171,8 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _mixture_fits(self) -> DataSection:
+        if not self.path and (not self.sources or self.sources[0].task is None):
+            raise SettingError("path", self.path, "must name a prepared data set, unless the first source is a task")
         labels = [source.label for source in self.all_sources]
         for index, label in enumerate(labels):
             if label in labels[:index]:
@@ -249,6 +267,17 @@ class ContrastiveDepthSection(Section):
     positions: int = Field(128, ge=2, description="positions of a sequence that are contrasted")
 
 
+class ApexSection(Section):
+    """The losses that Apex adds to the language model's, with model.core = apex only (``pretrain/losses.py``)."""
+
+    verification_weight: float = Field(0.01, ge=0, description="of -log score: refinements towards what scores high")
+    correctness_weight: float = Field(
+        0.1, ge=0, description="of the verifier's own loss: scores against what was right"
+    )
+    consistency_weight: float = Field(0.01, ge=0, description="of proposal and review against the refinement")
+    benefit_margin: float = Field(0.01, ge=0, description="nats a step must gain to have been worth it")
+
+
 class LoopSection(Section):
     """How many loops a step runs, how many of them carry gradients, and what is kept for the backward pass."""
 
@@ -264,6 +293,7 @@ class LoopSection(Section):
     depth_benefit_margin: float = Field(
         0.01, ge=0, description="nats a loop must gain to be worth it, with model.slu only"
     )
+    apex: ApexSection = ApexSection()
     remat: RematPolicy = Field("loop", description="what each loop keeps for the backward pass (model/remat)")
     remat_once: RematOnce | None = Field(
         None, description="the same of prelude and coda: all, or each block's input; default block, unless remat = none"
@@ -451,10 +481,16 @@ class LoggingSection(Section):
 
     console_every: int = Field(10, ge=1, description="steps between lines where the console is not a terminal")
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto is online when a key is set, offline otherwise"
+        "auto", description="auto is WANDB_MODE where that is set, else online with a key and offline without"
     )
     wandb_project: str = "ice"
     wandb_group: str | None = None
+    wandb_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+$", description="of the W&B run; null is a random one, kept in the checkpoints"
+    )
+    annotations: dict[str, str | int | float] = Field(
+        default_factory=dict, description="what trackers show beside the settings, such as a sweep's budget; no effect"
+    )
     tensorboard: bool = True
     plot: bool = True
 
@@ -465,9 +501,9 @@ def _expand_variant(value: Any) -> Any:
         return value
     overrides = dict(value)
     name = overrides.pop("variant")
-    if name not in VARIANTS:
-        raise SettingError("variant", name, f"unknown; accepted: {', '.join(VARIANTS)}")
-    return {**VARIANTS[name]().model_dump(), **overrides}
+    if name not in PRESETS:
+        raise SettingError("variant", name, f"unknown; accepted: {', '.join(PRESETS)}")
+    return {**PRESETS[name]().model_dump(), **overrides}
 
 
 class TrainingConfig(Section):
@@ -496,8 +532,8 @@ class TrainingConfig(Section):
                 self.data.sequence_length,
                 f"exceeds model.max_seq_len = {self.model.max_seq_len}",
             )
-        if (self.loop.cdl is not None or self.model.slu) and self.shallowest_step < 2:
-            idea = "model.slu" if self.model.slu else "loop.cdl"
+        if self._compares_depths and self.shallowest_step < 2:
+            idea = "model.slu" if self.model.slu else "loop.cdl" if self.loop.cdl is not None else "model.core = apex"
             raise SettingError(
                 "loop.min_loops", self.shallowest_step, f"{idea} compares two depths: every step needs 2 loops or more"
             )
@@ -549,12 +585,17 @@ class TrainingConfig(Section):
     def _check_stage_depth(self, key: str, mean_loops: int) -> None:
         """A stage's depth must be one that ``loop`` allows, and deep enough for the ideas that compare two depths."""
         lowest = self.loop.min_loops if self.loop.distribution != "fixed" else 1
-        if (self.loop.cdl is not None or self.model.slu) and self.loop.distribution == "fixed":
+        if self._compares_depths and self.loop.distribution == "fixed":
             lowest = 2
         highest = self.loop.max_loops
         if mean_loops < lowest or (highest is not None and mean_loops > highest):
             limits = f"at least {lowest}" + ("" if highest is None else f" and at most loop.max_loops = {highest}")
             raise SettingError(key, mean_loops, f"must be {limits}, as loop allows")
+
+    @property
+    def _compares_depths(self) -> bool:
+        """Whether every step reads the model at two depths or more."""
+        return self.loop.cdl is not None or self.model.slu or self.model.core == "apex"
 
     @property
     def mean_loops(self) -> int:

@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.dataset.manifest import MANIFEST_NAME
-from data_pipeline.dataset.reader import open_dataset
 from launch.environment import discover_place
 from launch.planning.gpus import DEFAULT_GPU, GPUS
 from launch.planning.report import Plan, make_plan
 from launch.planning.run import planned_run
 from launch.planning.table import print_plan
 from launch.settings import EXIT_FINISHED, BadInputError
-from model.parameters import cache_bytes
+from model.parameters import cache_bytes, count_parameters
 from model.precision import PrecisionChoice, choose_precision
 from model.remat import once_policy
 from pretrain.config import TrainingConfig, check_topology
@@ -42,7 +41,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     console.print(f"{source}: valid", highlight=False)
     why = " (the smallest for this expert-parallel size; choose with --ranks)" if assumed else ""
     tokens_per_step = config.data.global_batch_size * config.data.sequence_length
-    missing = sorted(path for path in _data_paths(config) if not (Path(path) / MANIFEST_NAME).is_file())
+    missing = [path for path in config.data.folders if not (Path(path) / MANIFEST_NAME).is_file()]
     sampler = None if missing else _open_sampler(config)
     total_samples = config.data.global_batch_size * config.schedule.steps
     # Where a stage shortens sequences only the plan knows; it needs the data.
@@ -59,7 +58,7 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         "loops": f"{config.loop.distribution}, mean {config.mean_loops}, gradients through "
         f"{config.loop.grad_loops or 'all'}",
         "kept for the backward": _remat(config),
-        "data set": f"{config.data.path}{' (not here)' if config.data.path in missing else ''}",
+        "data set": f"{config.data.path or 'tasks'}{' (not here)' if config.data.path in missing else ''}",
     }
     precision = choose_precision(config.precision.dtype, _device_type())
     facts["precision here"] = f"{precision.name} ({precision.reason})"
@@ -72,7 +71,12 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
     if len(config.data.all_stages) > 1:
         console.print(_stage_table(config, sampler))
     console.print(_cache_table(config))
-    print_plan(_plan(config, world_size, precision), console)
+    if config.model.core == "ice":
+        print_plan(_plan(config, world_size, precision), console)
+    else:
+        count = count_parameters(config.model, config.mean_loops)
+        facts = f"{count.total:,} parameters, {count.executed:,} executed a token at {config.mean_loops} loops"
+        console.print(f"{facts}; memory and time are planned for model.core = ice only", highlight=False)
     console.print("DeepSpeed configuration", highlight=False)
     console.print_json(json.dumps(deepspeed_config(config, world_size, precision)))
     return EXIT_FINISHED
@@ -108,15 +112,11 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _data_paths(config: TrainingConfig) -> set[str]:
-    return {config.data.path, *(source.path for source in config.data.all_sources)}
-
-
 def _open_sampler(config: TrainingConfig) -> Sampler:
     """The run's sampler, after the checks that training begins with."""
-    from pretrain.data import check_vocabulary, open_sampler
+    from pretrain.data import check_vocabulary, open_main, open_sampler
 
-    dataset = open_dataset(Path(config.data.path))
+    dataset = open_main(config.data)
     check_vocabulary(dataset, config.model.vocab_size)
     sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
     sampler.require_enough(config.schedule.steps * config.data.global_batch_size)
@@ -138,7 +138,7 @@ def _source_table(config: TrainingConfig, sampler: Sampler | None, total_samples
             epochs = sampler.plan.epochs_before(total_samples)[index]
             cap = "" if source.max_epochs is None else f" of {source.max_epochs}"
             end = ends.get(source.label)
-            cells += [f"{sampler.sources[index].documents.total_tokens:,}", f"{epochs:.2f}{cap}"]
+            cells += [f"{sampler.sources[index].total_tokens:,}", f"{epochs:.2f}{cap}"]
             cells.append("" if end is None else f"{sampler.plan.tokens_before(end):,} tokens")
         table.add_row(*cells)
     return table

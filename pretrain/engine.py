@@ -6,6 +6,7 @@ What is asked of the engine, and why it is asked this way:
   once a forward and once a backward whatever the number of loops; otherwise every loop gathers them again.
 - ZeRO-3 refuses DeepSpeed's own MoE layer. Experts are spread by AutoEP (the ``expert_parallel`` section), which
   replaces our MoE layers inside ``deepspeed.initialize``; ``model/expert_parallel.py`` is the other half of that seam.
+- AutoEP would build all experts of a layer on every rank and keep a few: with ``expert_start.py`` each draws its own.
 - The learning rate is a pure function of the step and is written into the optimizer's groups before each step; no
   scheduler state exists.
 - Ending: a rank that leaves the interpreter while gloo threads live can abort after its work is done, so a successful
@@ -47,7 +48,7 @@ from model.expert_parallel import (
     update_selection_biases,
 )
 from model.fp8 import Fp8Choice, choose_kernels, convert
-from model.init import decays
+from model.init import decays, experts_without_memory
 from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
@@ -299,6 +300,7 @@ class TrainingEngine:
         from pretrain.deepep_transport import check_deepep
         from pretrain.expert_compute import adopt_engine_experts, expert_product
         from pretrain.expert_layer import adopt_expert_layers
+        from pretrain.expert_start import ZeroInit, own_experts_only
         from pretrain.lean_zero import adopt_lean_zero
         from pretrain.row_moves import choose_moves
 
@@ -323,19 +325,20 @@ class TrainingEngine:
             keep_freed_memory()
 
         torch.manual_seed(config.run.seed)
-        sharded = deepspeed.zero.Init(config_dict_or_path=settings) if config.parallel.zero_init else None
-        with sharded or contextlib.nullcontext():
+        sharded = ZeroInit(config_dict_or_path=settings) if config.parallel.zero_init else None
+        with experts_without_memory(), sharded or contextlib.nullcontext():
             model = IceModel(config.model)
         model.set_remat(config.loop.remat, config.loop.remat_once, config.loop.remat_offload)
         model.set_loss_chunk(config.parallel.loss_chunk_tokens)
         if config.parallel.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [LoopedCore])
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model, config.optim),
-            optimizer=_optimizer_builder(config.optim),
-            config=settings,
-        )
+        with own_experts_only(accelerator.current_device_name() if config.parallel.zero_init else "cpu"):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups(model, config.optim),
+                optimizer=_optimizer_builder(config.optim),
+                config=settings,
+            )
         if self.precision.name != "fp32" and config.parallel.zero_stage == 0:
             _forget_empty_step(self._engine.optimizer)
         # It would write scripts beside a checkpoint, at once; they refuse checkpoints with AutoEP anyway.
@@ -445,8 +448,10 @@ class TrainingEngine:
         """Move every selection bias one step against the load summed over loops."""
         update_selection_biases(self.model, load_TLE.sum(dim=0), self.config.optim.expert_bias_update_rate)
 
-    def injection_radius(self) -> float:
-        """Largest decay of the carried state, rho(A): below 1 by construction."""
+    def injection_radius(self) -> float | None:
+        """Largest decay of the carried state, rho(A): below 1 by construction; None where nothing decays linearly."""
+        if not self.model.injections():
+            return None
         parameters = [p for injection in self.model.injections() for p in injection.parameters()]
         with self._zero.GatheredParameters(parameters, enabled=self.config.parallel.zero_stage == 3):
             return self.model.get_spectral_radius()

@@ -4,7 +4,8 @@
 compressor. Every target counts, the end-of-document ones too, which stand for no byte.
 
 As a command, ``python pretrain/evaluate.py --run DIR`` loads the newest intact checkpoint of a run into the plain model
-and sweeps the depth.
+and sweeps the depth. Of tasks it also tells what greedy decoding solves, by difficulty, and of an Apex model what its
+verifier's scores are worth at each step.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from model import IceModel
 from model.loop_gain import measured_gain
 from model.token_loss import IGNORED_TARGET
 from pretrain.config import TrainingConfig
-from pretrain.data import Batch, HeldOut, held_out_sets, validation_batches
+from pretrain.data import AnyHeldOut, Batch, TaskHeldOut, held_out_sets, validation_batches
 from pretrain.engine import TrainingEngine
 from pretrain.loaded_run import load_run
 from pretrain.plots import plot_depth_sweep
+from pretrain.tasks.scoring import Score, exact_match
+from pretrain.verifier_report import StepReport, report_verifier
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,20 @@ class LoopDynamics:
     gains: list[float]  # spectral radius of the loop's Jacobian at the last state, of each MSRD scale
 
 
+@dataclass(frozen=True)
+class RunEvaluation:
+    """What is known of a run's newest checkpoint.
+
+    ``by_loops`` and ``dynamics``: the losses, and what the loop does, by depth. ``exact_match``: by depth, then by
+    "source/difficulty"; empty without tasks. ``verifier``: for each step; empty for all but Apex.
+    """
+
+    by_loops: dict[int, Evaluation]
+    dynamics: dict[int, LoopDynamics]
+    exact_match: dict[int, dict[str, Score]]
+    verifier: list[StepReport]
+
+
 class Tally:
     """Sums of losses, tokens and bytes by domain; addable over ranks."""
 
@@ -75,9 +92,8 @@ class Tally:
         self._domains, self._token_bytes_V = tuple(domains), token_bytes_V
         self._sums = torch.zeros(3, len(domains), dtype=torch.float64)
 
-    def add(self, batch: Batch, losses_BS: Tensor | None) -> None:
+    def add(self, batch: Batch, losses_BS: Tensor) -> None:
         """Count one batch by its tokens' losses."""
-        assert losses_BS is not None
         targets_BS = batch.targets
         counted_BS = targets_BS != IGNORED_TARGET
         losses = losses_BS.cpu()[counted_BS].double()
@@ -105,7 +121,9 @@ class Tally:
         )
 
 
-def combine(held_out: Sequence[HeldOut], tallies: Sequence[Tally], summed: Sequence[float] | None = None) -> Evaluation:
+def combine(
+    held_out: Sequence[AnyHeldOut], tallies: Sequence[Tally], summed: Sequence[float] | None = None
+) -> Evaluation:
     """The evaluation of data sets, the main one first, from their tallies or the tallies' ``summed`` values in a row.
 
     A source of which the evaluated sequences hold nothing is left out.
@@ -128,7 +146,7 @@ class Evaluator:
     ``eval.sequences`` is a limit for each data set.
     """
 
-    def __init__(self, config: TrainingConfig, held_out: Sequence[HeldOut]) -> None:
+    def __init__(self, config: TrainingConfig, held_out: Sequence[AnyHeldOut]) -> None:
         self._held_out = held_out
         self._batch_size = config.eval.micro_batch_size or config.parallel.micro_batch_size
         self._limit = config.eval.sequences
@@ -157,7 +175,7 @@ class Evaluator:
                     mask = {} if batch.document_ids is None else {"document_ids": batch.document_ids.to(engine.device)}
                     targets_BS = batch.targets.to(engine.device)
                     output = engine.forward(batch.input_ids.to(engine.device), n_loops, targets=targets_BS, **mask)
-                    tally.add(batch, output.losses_BS)
+                    tally.add(batch, output.token_losses_BS)
         engine.train(True)
         summed = engine.sum_over_ranks([value for tally in tallies for value in tally.values()])
         return combine(self._held_out, tallies, summed)
@@ -211,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="how many validation sequences, evenly spaced; default all",
     )
     options = parser.parse_args(arguments)
-    results, dynamics = evaluate_run(options.run, options.loops, options.sequences)
+    evaluation = evaluate_run(options.run, options.loops, options.sequences)
+    results, dynamics = evaluation.by_loops, evaluation.dynamics
     console = Console()
     table = Table(title=f"held-out bits per byte of {options.run}")
     any_result = next(iter(results.values()))
@@ -228,17 +247,44 @@ def main(arguments: list[str] | None = None) -> int:
             " ".join(f"{gain:.2f}" for gain in dynamics[depth].gains),
         )
     console.print(table)
+    if evaluation.exact_match:
+        console.print(_task_table(evaluation.exact_match))
+    if evaluation.verifier:
+        console.print(_verifier_table(evaluation.verifier))
     console.print(f"written to {options.run / 'evaluation.json'}", highlight=False)
     return 0
 
 
-def evaluate_run(
-    run: Path, depths: list[int] | None = None, sequences: int | None = None
-) -> tuple[dict[int, Evaluation], dict[int, LoopDynamics]]:
+def _task_table(by_loops: dict[int, dict[str, Score]]) -> Table:
+    """Solved problems by depth and difficulty."""
+    table = Table(title="held-out problems solved by greedy decoding (loops used where the core counts them)")
+    table.add_column("loops", justify="right")
+    names = list(next(iter(by_loops.values())))
+    for name in names:
+        table.add_column(f"{name}, {by_loops[min(by_loops)][name].problems}", justify="right")
+    for depth, scores in by_loops.items():
+        cells = []
+        for name in names:
+            used = scores[name].loops_used
+            cells.append(f"{scores[name].accuracy:.1%}" + ("" if used is None else f" ({used:.2f})"))
+        table.add_row(str(depth), *cells)
+    return table
+
+
+def _verifier_table(steps: list[StepReport]) -> Table:
+    table = Table(title="the verifier: scores against what was right, before and after calibration")
+    for column in ("step", "tokens", "accuracy", "mean score", "Brier", "ECE", "calibrated Brier", "calibrated ECE"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        numbers = (step.accuracy, step.mean_score, step.brier, step.ece, step.calibrated_brier, step.calibrated_ece)
+        table.add_row(str(step.step), f"{step.tokens:,}", *(f"{number:.3f}" for number in numbers))
+    return table
+
+
+def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | None = None) -> RunEvaluation:
     """Evaluate the newest intact checkpoint of ``run`` at ``depths`` on ``sequences`` of the validation split.
 
-    None means the default depths, and the whole split. Writes ``evaluation.json`` and a picture. Returns, by depth, the
-    losses and what the loop does there.
+    None means the default depths, and the whole split. Writes ``evaluation.json`` and a picture.
     """
     loaded = load_run(run)
     config, model = loaded.config, loaded.model
@@ -250,13 +296,14 @@ def evaluate_run(
     token_bytes_V = torch.from_numpy(loaded.tokenizer.byte_lengths())
     results: dict[int, Evaluation] = {}
     dynamics: dict[int, LoopDynamics] = {}
+    exact: dict[int, dict[str, Score]] = {}
     for depth in depths or default_depths(config.mean_loops):
 
         def forward(batch: Batch, n_loops: int = depth) -> Tensor:
             output = model(
                 batch.input_ids, n_loops, targets=batch.targets, document_ids=batch.document_ids, return_output=True
             )
-            losses_BS: Tensor = output.losses_BS
+            losses_BS: Tensor = output.token_losses_BS
             return losses_BS
 
         tallies = []
@@ -267,11 +314,16 @@ def evaluate_run(
             tallies.append(tally_plain(forward, watched, entry.dataset.domains, token_bytes_V))
         results[depth] = combine(held_out, tallies)
         dynamics[depth] = _measure_dynamics(model, batches[0][0].input_ids[:4], depth)
+        if solved := _solve(model, held_out, depth):
+            exact[depth] = solved
+    verifier = report_verifier(model, batches[0], config.mean_loops) if config.model.core == "apex" else []
     write_json_atomically(
         run / "evaluation.json",
         {
             "checkpoint": loaded.checkpoint.name,
             "by_loops": {depth: asdict(result) | asdict(dynamics[depth]) for depth, result in results.items()},
+            **({"exact_match": _plain_scores(exact)} if exact else {}),
+            **({"verifier": [asdict(step) for step in verifier]} if verifier else {}),
         },
     )
     plot_depth_sweep(
@@ -279,7 +331,25 @@ def evaluate_run(
         config.mean_loops,
         run / "plots" / "depth.png",
     )
-    return results, dynamics
+    return RunEvaluation(results, dynamics, exact, verifier)
+
+
+def _solve(model: IceModel, held_out: Sequence[AnyHeldOut], n_loops: int) -> dict[str, Score]:
+    """Exact match on every task's held-out problems, by "source/difficulty"."""
+    scores: dict[str, Score] = {}
+    for entry in held_out:
+        if isinstance(entry, TaskHeldOut):
+            (source, *_) = entry.sources
+            by_difficulty = exact_match(model, entry.dataset, entry.problems, n_loops)
+            scores |= {f"{source}/{difficulty}": score for difficulty, score in by_difficulty.items()}
+    return scores
+
+
+def _plain_scores(by_loops: dict[int, dict[str, Score]]) -> dict[int, dict[str, dict[str, float | None]]]:
+    return {
+        depth: {name: asdict(score) | {"accuracy": score.accuracy} for name, score in scores.items()}
+        for depth, scores in by_loops.items()
+    }
 
 
 def _measure_dynamics(model: IceModel, input_ids_BS: Tensor, n_loops: int) -> LoopDynamics:

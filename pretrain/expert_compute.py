@@ -8,7 +8,6 @@ and the three products go through a :class:`~model.grouped_product.GroupedProduc
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from deepspeed.moe import ep_kernels
 from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from launch.settings import BadInputError
 from model.expert_parallel import routed_layers, set_expert_product
 from model.grouped_product import GroupedProduct, grouped_mm, loop
 from model.megablocks import megablocks
+from model.swiglu import swiglu_of
 
 _STOCK_ALIGNMENT: int = ep_kernels.TOKEN_GROUP_ALIGN_SIZE_M
 
@@ -30,7 +30,7 @@ class EngineExperts(GroupedExperts):
         """(R, D) sorted by local expert to (R, D); rows past the counts' sum are unspecified."""
         offsets_E = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
         gate, up = self.product(x, self.w1, offsets_E), self.product(x, self.w3, offsets_E)
-        return self.product(F.silu(gate) * up, self.w2, offsets_E)
+        return self.product(swiglu_of(gate, up), self.w2, offsets_E)
 
 
 def expert_product(backend: str) -> GroupedProduct:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_pipeline.dataset.reader import Dataset, open_dataset
 from data_pipeline.tokenizer.interface import Tokenizer
 from launch.settings import BadInputError, load_settings
 from model import IceModel
 from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint
 from pretrain.config import TrainingConfig
+from pretrain.data import AnyDataset, open_main
 from pretrain.run_tokenizer import load_kept_tokenizer
+from pretrain.tasks.dataset import TaskDataset
 from pretrain.weights import load_model
 
 
@@ -29,13 +30,15 @@ class LoadedRun:
     model: IceModel
 
     @cached_property
-    def dataset(self) -> Dataset:
-        """The data set of ``data.path``."""
-        return open_dataset(Path(self.config.data.path))
+    def dataset(self) -> AnyDataset:
+        """The data set of ``data.path``, or the task."""
+        return open_main(self.config.data)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's own copy; the data set's for runs from before there were copies."""
+        if not self.config.data.path and isinstance(self.dataset, TaskDataset):
+            return self.dataset.tokenizer  # it needs no file, and refuses characters that the task does not have
         return load_kept_tokenizer(self.path) or self.dataset.tokenizer
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.dataset.reader import Dataset, open_dataset
+from data_pipeline.dataset.reader import Dataset
 from launch import preflight
 from launch.environment import Place, discover_place
 from launch.files import write_json_atomically
@@ -33,7 +33,7 @@ from pretrain.config import TrainingConfig, check_topology
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import TrainingState
-    from pretrain.data import HeldOut, Sampler
+    from pretrain.data import AnyDataset, AnyHeldOut, Sampler
     from pretrain.engine import TrainingEngine
     from pretrain.fault_log import FaultLog
     from pretrain.preemption import StopRequest
@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     return train(config, place)
 
 
-def open_training_data(config: TrainingConfig) -> Dataset:
-    """The prepared data set of ``config``; ``BadInputError`` when it is missing, damaged or has another vocabulary."""
-    from pretrain.data import check_vocabulary
+def open_training_data(config: TrainingConfig) -> AnyDataset:
+    """The main data set of ``config``; ``BadInputError`` when it is missing, damaged or has another vocabulary."""
+    from pretrain.data import check_vocabulary, open_main
 
-    dataset = open_dataset(Path(config.data.path))
+    dataset = open_main(config.data)
     check_vocabulary(dataset, config.model.vocab_size)
     return dataset
 
@@ -91,7 +91,7 @@ def train(config: TrainingConfig, place: Place) -> int:
     dataset = open_training_data(config)
     sampler = open_sampler(config.data, config.run.seed, config.model.vocab_size, dataset)
     sampler.require_enough(StabilityGuard(config, {}).end_of(0, config.schedule.steps))
-    held_out = held_out_sets(config.data, dataset, {s.dataset.folder: s.dataset for s in sampler.sources})
+    held_out = held_out_sets(config.data, dataset, [source.dataset for source in sampler.sources])
     run_path = config.run.path
     checkpoints = run_path / "checkpoints"
     if config.checkpoint.resume == "never" and any(checkpoints.glob("step_*")):
@@ -147,9 +147,9 @@ def _check_before(config: TrainingConfig, engine: TrainingEngine) -> None:
 def _train_watched(
     config: TrainingConfig,
     engine: TrainingEngine,
-    dataset: Dataset,
+    dataset: AnyDataset,
     sampler: Sampler,
-    held_out: list[HeldOut],
+    held_out: list[AnyHeldOut],
     stop: StopRequest,
     watchdog: Watchdog,
     faults: FaultLog,
@@ -182,7 +182,7 @@ def _train_watched(
     notices: list[str] = []
     fence = Fence(run_path)
     checkpointer = Checkpointer(run_path / "checkpoints", config.checkpoint, identity, engine, fence, notices.append)
-    wandb_id = engine.gather_objects(new_wandb_id())[0]
+    wandb_id = engine.gather_objects(config.logging.wandb_id or new_wandb_id())[0]
     try:
         with watchdog.phase("loading"):
             resumed = checkpointer.resume()
@@ -200,7 +200,8 @@ def _train_watched(
     if place.is_first:
         write_json_atomically(run_path / "config.json", config.model_dump(mode="json"))
         keep_tokenizer(dataset, run_path)
-    log = RunLog(config, start, place.is_first, gzip9_bits_per_byte(dataset))
+    reference = gzip9_bits_per_byte(dataset) if isinstance(dataset, Dataset) else None
+    log = RunLog(config, start, place.is_first, reference)
     checkpointer.say = log.say
     for notice in notices:
         log.say(notice)

@@ -20,8 +20,9 @@ things DeepSpeed 0.19.8 does otherwise, and this file mends in :class:`MuonZero3
 - In fp32 and bf16 it looks for numbers that are not finite after momenta have moved. Here before: a skipped step
   changes nothing.
 
-Cost: momentum 4 bytes a number instead of Adam's 8; gradients are all-reduced rather than reduce-scattered (DeepSpeed
-demands it, twice the bytes), and each step gathers the gradient and the momentum of every matrix once.
+Cost: momentum in the run's dtype, 2 or 4 bytes a number, instead of Adam's 8; gradients are all-reduced rather than
+reduce-scattered (DeepSpeed demands it, twice the bytes), and each step gathers the gradient and the momentum of every
+matrix, and hands them out again: twice the ranks times the largest matrix at once (``launch/planning/muon.py``).
 """
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class TorchMoves:
 
     def collect(self, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
         """See :class:`RowMoves`."""
-        return collect(rows_RD, plan).squeeze(1)
+        return collect(rows_RD, plan)
 
     def combine(self, rows_RD: Tensor, plan: DispatchPlan, gates_NK: Tensor) -> Tensor:
         """See :class:`RowMoves`."""
-        return mix(collect(rows_RD, plan), gates_NK)
+        return mix(rows_RD, plan, gates_NK)
 
 
 class TritonMoves:

@@ -67,10 +67,12 @@ class RunLog:
             "next_sample": state.next_sample,
             "skipped_steps": guard.skipped_steps,
             "rollbacks": guard.rollbacks,
-            "injection_radius": engine.injection_radius(),
             **{name: value for name, value in result.terms.items() if name != "loss"},
             **slowest,
         }
+        radius = engine.injection_radius()
+        if radius is not None:
+            line["injection_radius"] = radius
         if result.outcome.skipped:
             line["skipped"] = True
         if result.expert_load_TLE is not None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from data_pipeline.dataset.reader import Dataset
 from data_pipeline.tokenizer.interface import Tokenizer, load_tokenizer
 from launch.files import path_inside, sha256_of, write_atomically, write_json_atomically
 from launch.settings import BadInputError, parse_settings, read_json_object
 from pretrain.config import Section
+from pretrain.data.source import AnyDataset
 
 FOLDER = "tokenizer"
 DESCRIPTION_NAME = "description.json"
@@ -29,21 +29,20 @@ class KeptTokenizer(Section):
     vocab_size: int = Field(ge=1)
 
 
-def keep_tokenizer(dataset: Dataset, run: Path) -> None:
+def keep_tokenizer(dataset: AnyDataset, run: Path) -> None:
     """Copy the tokenizer of ``dataset`` into the run directory; nothing is written when it is there already."""
-    manifest, folder = dataset.manifest, run / FOLDER
-    source = dataset.folder / manifest.tokenizer.file
+    folder = run / FOLDER
     kept = KeptTokenizer(
-        file=f"tokenizer{source.suffix}",
-        sha256=manifest.tokenizer.sha256,
-        end_token_id=manifest.end_token_id,
-        vocab_size=manifest.vocab_size,
+        file=f"tokenizer{dataset.tokenizer_suffix}",
+        sha256=dataset.tokenizer_sha256,
+        end_token_id=dataset.end_token_id,
+        vocab_size=dataset.vocab_size,
     )
     target, description = folder / kept.file, folder / DESCRIPTION_NAME
     if description.is_file() and _is_copy(target, kept) and read_json_object(description) == kept.model_dump():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, source.read_bytes())
+    write_atomically(target, dataset.tokenizer_bytes)
     write_json_atomically(description, kept.model_dump())
 
 

@@ -1,7 +1,8 @@
 """W&B and TensorBoard: where a run's numbers go besides ``metrics.jsonl``.
 
-W&B is online when ``WANDB_API_KEY`` is set and offline otherwise (``wandb sync`` uploads it later); its run id lives in
-the checkpoint, so that a resumed run continues the same curve. The key is never read or logged by this code.
+W&B is what ``WANDB_MODE`` says; without that it is online when ``WANDB_API_KEY`` is set and offline otherwise (``wandb
+sync`` uploads it later). Its run id lives in the checkpoint, so that a resumed run continues the same curve. The key is
+never read or logged by this code.
 
 W&B keeps rows back in a process of its own, and a killed job takes them along. So a start first tells again, from
 ``metrics.jsonl``, what W&B may not have got: online what comes after the server's last step, offline what comes after
@@ -27,15 +28,21 @@ def new_wandb_id() -> str:
     return secrets.token_hex(4)
 
 
+def wandb_mode(setting: str) -> Any:
+    """A mode of ``wandb.init``: ``setting``, or for ``auto`` what the environment says (W&B refuses one it lacks)."""
+    if setting != "auto":
+        return setting
+    wanted = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    return {"run": "online", "dryrun": "offline"}.get(wanted, wanted)  # its older names
+
+
 class Trackers:
     """The trackers of one run; built on the first rank only."""
 
     def __init__(self, config: TrainingConfig, run_path: Path, wandb_id: str | None, start_step: int) -> None:
         self._wandb_run: Any = None
         self._tensorboard: Any = None
-        mode = config.logging.wandb
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode = wandb_mode(config.logging.wandb)
         if mode != "disabled":
             import wandb
 

@@ -182,14 +182,15 @@ class Trainer:
         return StepResult(outcome, terms, expert_load, waited / engine.place.world_size)
 
     def _depths_to_read(self, step: int, loops: int) -> dict[str, Any]:
-        """What CDL and SLU need to see besides the last loop: the same depths on every rank."""
+        """What CDL, SLU and Apex's verifier need to see besides the last loop: the same depths on every rank."""
         config = self.config
         reads: dict[str, Any] = {}
-        if config.loop.cdl is not None or config.model.slu:
+        probed = config.model.slu or config.model.core == "apex"
+        if config.loop.cdl is not None or probed:
             shallow = sample_shallow_loop(loops, config.run.seed, step)
             if config.loop.cdl is not None:
                 reads["read_loops"] = (shallow,)
-            if config.model.slu:
+            if probed:
                 reads["probe_loop"] = shallow
         return reads
 

@@ -1,5 +1,6 @@
-# Sourced by slurm/ice_*.sh. `train CONFIG [ARGUMENT]...` runs pretrain/main.py with one task a GPU, and decides by how
-# the ranks ended what becomes of the job:
+# Sourced by slurm/ice_*.sh and scaling.sh. `train CONFIG [ARGUMENT]...` runs pretrain/main.py with one task a GPU, and
+# decides by how the ranks ended what becomes of the job (`train_cell SWEEP`: the same for a cell of a sweep, a task of a
+# job array each):
 #
 #   0   finished                     the job ends
 #   78  bad configuration or data    the job ends and is never retried
@@ -32,10 +33,13 @@ readonly EXIT_FINISHED=0 EXIT_PREEMPTED=75 EXIT_BAD_INPUT=78
 
 srun_pid=""
 stop="" # the signal that asked this shell to stop
+# How scontrol calls this job alone: the first number of an array also means all of it.
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+job="${job:-${SLURM_JOB_ID:-?}}"
 interrupted=no # a trap ran while the shell waited for srun
 
 say() {
-    printf '%s slurm job %s: %s\n' "$(date '+%F %T')" "${SLURM_JOB_ID:-?}" "$*" >&2
+    printf '%s slurm job %s: %s\n' "$(date '+%F %T')" "$job" "$*" >&2
 }
 
 # read_list NAME: make the variable an array, of its lines unless it is one.
@@ -197,7 +201,7 @@ ask() {
 
 # One field of this job, such as JobState, as Slurm has it now.
 job_field() {
-    ask scontrol show job --oneliner "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p"
+    ask scontrol show job --oneliner "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"
 }
 
 # Whether this start is the one that Slurm knows. A shell that lives on after its node was declared DOWN is not: by then
@@ -211,7 +215,7 @@ requeue() {
     local excluded
     excluded="$(job_field ExcNodeList)"
     trap '' TERM USR1 # Slurm ends this shell now, in KillWait seconds at the latest
-    ask scontrol requeue "$SLURM_JOB_ID"
+    ask scontrol requeue "$job"
     if [[ -z ${1:-} ]]; then
         say "back in the queue"
         return
@@ -220,7 +224,7 @@ requeue() {
     if [[ $excluded == "(null)" ]]; then
         excluded=""
     fi
-    ask scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1"
+    ask scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1"
     say "back in the queue, without the nodes that failed preflight: $1"
 }
 
@@ -235,7 +239,7 @@ train() {
     local status=0 decision nodes
     local budget=("${python[@]}" launch/retry_budget.py)
     # Checks the configuration too, before any rank starts.
-    run="$("${budget[@]}" begin --job "$SLURM_JOB_ID" --tasks "$SLURM_NTASKS" --config "$@")" || status=$?
+    run="$("${budget[@]}" begin --job "$job" --tasks "$SLURM_NTASKS" --config "$@")" || status=$?
     if ((status != EXIT_FINISHED)); then
         say "error: the configuration was not accepted (above); not retried"
         exit "$status"
@@ -256,7 +260,7 @@ train() {
             elif ! is_current; then
                 say "Slurm has given up on this start; left alone"
             else
-                decision="$("${budget[@]}" end --job "$SLURM_JOB_ID" --run "$run" --retries "$ICE_RETRIES" \
+                decision="$("${budget[@]}" end --job "$job" --run "$run" --retries "$ICE_RETRIES" \
                     --nodes "$SLURM_JOB_NUM_NODES")" || decision="stop"
                 if [[ $decision == retry* ]]; then
                     read -r _ nodes <<<"$decision"
@@ -266,4 +270,30 @@ train() {
             ;;
     esac
     exit "$status"
+}
+
+# train_cell SWEEP: train the cell that this task of a job array stands for, unless it is finished. Whoever finishes one
+# writes the sweep's results anew.
+train_cell() {
+    read_settings
+    trap 'forward_stop USR1' USR1
+    trap 'forward_stop TERM' TERM
+    if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        say "error: not a job array; python launch/sweep.py $1 --executor slurm --dry-run prints the sbatch line"
+        exit "$EXIT_BAD_INPUT"
+    fi
+    local plan status=0 sweep=("${python[@]}" launch/sweep.py "$1")
+    plan="$("${sweep[@]}" --cell "$SLURM_ARRAY_TASK_ID")" || status=$?
+    if ((status != EXIT_FINISHED)); then
+        say "error: the sweep was not accepted (above); not retried"
+        exit "$status"
+    fi
+    if [[ -z $plan ]]; then
+        say "the cell is finished"
+        exit "$EXIT_FINISHED"
+    fi
+    # `train` ends this shell.
+    collect=("${sweep[@]}" --collect)
+    trap '(($? != EXIT_FINISHED)) || "${collect[@]}" >/dev/null || say "error: results not written"' EXIT
+    train "$plan"
 }

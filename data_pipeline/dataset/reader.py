@@ -113,6 +113,26 @@ class Dataset:
         return self.manifest.vocab_size
 
     @property
+    def end_token_id(self) -> int:
+        """The id that ends every document."""
+        return self.manifest.end_token_id
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer's file: data sets with the same one may be mixed."""
+        return self.manifest.tokenizer.sha256
+
+    @property
+    def tokenizer_suffix(self) -> str:
+        """Of the tokenizer's file: what kind it is."""
+        return Path(self.manifest.tokenizer.file).suffix
+
+    @property
+    def tokenizer_bytes(self) -> bytes:
+        """The tokenizer's file."""
+        return (self.folder / self.manifest.tokenizer.file).read_bytes()
+
+    @property
     def domains(self) -> tuple[str, ...]:
         """Names of the domain ids 0, 1, ..."""
         return self.manifest.domains

@@ -14,6 +14,7 @@ supposes, are ``whole_squares``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.planning.run import PlannedRun
@@ -43,14 +44,19 @@ class Flops:
         return Flops(self.forward * factor, self.backward * factor, self.recompute * factor)
 
 
-def training_flops(run: PlannedRun, loops: int, *, whole_squares: bool = False) -> dict[str, Flops]:
-    """FLOPs a token of a step of ``loops`` loops, by part of the model; tokens of all micro-batches cost the same."""
+def training_flops(
+    run: PlannedRun, loops: int, *, whole_squares: bool = False, only: Callable[[Weight], bool] = lambda weight: True
+) -> dict[str, Flops]:
+    """FLOPs a token of a step of ``loops`` loops, by part of the model; tokens of all micro-batches cost the same.
+
+    ``only``: whose products count, of the blocks' matrices.
+    """
     config, weights = run.model, model_weights(run.model)
     reads = 1 + run.extra_reads
     flops = {part: Flops() for part in ("prelude", "core matrices", "core experts", "core attention", "coda", "head")}
     for part, blocks, passes in (("prelude", weights.prelude, 1), ("coda", weights.coda, reads)):
         for layer, block in enumerate(blocks):
-            own = _matrices(block, 1.0, skip_last=run.remat_once and not config.sandwich_norm)
+            own = _matrices(block, 1.0, only, skip_last=run.remat_once and not config.sandwich_norm)
             keys = _keys(run.sequence_length, config.window(layer), whole_squares)
             own = own + _attention(config, keys)
             flops[part] += _with_recomputation(own, 1 if run.remat_once else 0) * passes
@@ -59,16 +65,16 @@ def training_flops(run: PlannedRun, loops: int, *, whole_squares: bool = False) 
     for core, (n_loops, kept) in zip(weights.cores, run.loops_of_scales(loops), strict=True):
         for loop in range(n_loops):
             recomputed = run.recomputed_loops(kept) / kept if loop >= n_loops - kept else None
-            for part, own in _core_loop(run, core, loop, whole_squares).items():
+            for part, own in _core_loop(run, core, loop, whole_squares, only).items():
                 flops[part] += Flops(own.forward) if recomputed is None else _with_recomputation(own, recomputed)
     if len(weights.cores) > 1:
         mixing = 2 * len(weights.cores) * config.dim
-        flops["fusion"] = _matrices(weights.fusion, 1.0) + Flops(mixing, 2 * mixing)
+        flops["fusion"] = _matrices(weights.fusion, 1.0, only) + Flops(mixing, 2 * mixing)
     logits = 2 * config.vocab_size * config.dim
     flops["head"] = Flops(logits, 2 * logits, 0 if run.loss_chunk_tokens is None else logits) * reads
     if run.probes:
         flops["head"] += Flops(forward=logits * run.probes)
-        flops["depth heads"] = _matrices(weights.depth_heads, 1.0)
+        flops["depth heads"] = _matrices(weights.depth_heads, 1.0, only)
     return flops
 
 
@@ -82,7 +88,9 @@ def model_flops(parts: dict[str, Flops]) -> float:
     return sum(own.forward + own.backward for own in parts.values())
 
 
-def _core_loop(run: PlannedRun, core: WeightGroup, loop: int, whole_squares: bool) -> dict[str, Flops]:
+def _core_loop(
+    run: PlannedRun, core: WeightGroup, loop: int, whole_squares: bool, only: Callable[[Weight], bool]
+) -> dict[str, Flops]:
     """One loop of one scale's core, ``recompute`` being what one recomputation costs."""
     config = run.model
     share = config.n_experts_per_tok / config.n_experts if config.n_experts else 0.0
@@ -100,8 +108,8 @@ def _core_loop(run: PlannedRun, core: WeightGroup, loop: int, whole_squares: boo
         expanded = 2 * config.kv_lora_rank * config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
         attention += Flops(expanded, 2 * expanded, expanded) * config.recurrent_layers
     return {
-        "core matrices": _matrices((WeightGroup("", matrices),), 1.0, skip_last=skip),
-        "core experts": _matrices((WeightGroup("", tuple(w for w in core.weights if w.expert)),), share),
+        "core matrices": _matrices((WeightGroup("", matrices),), 1.0, only, skip_last=skip),
+        "core experts": _matrices((WeightGroup("", tuple(w for w in core.weights if w.expert)),), share, only),
         "core attention": attention,
     }
 
@@ -110,11 +118,14 @@ def _multiplies(weight: Weight) -> bool:
     return len(weight.shape) >= 2 and not weight.name.endswith(_WITHOUT_PRODUCT)
 
 
-def _matrices(groups: tuple[WeightGroup, ...], share: float, skip_last: bool = False) -> Flops:
+def _matrices(
+    groups: tuple[WeightGroup, ...], share: float, only: Callable[[Weight], bool], skip_last: bool = False
+) -> Flops:
     """Products with every matrix, ``share`` of it used by a token; ``recompute`` leaves out the last when told."""
     used = [weight for group in groups for weight in group.weights if _multiplies(weight)]
-    forward = sum(2 * weight.elements * share for weight in used)
-    last = 2 * next((w.elements for w in reversed(used) if "adapters" not in w.name), 0) if skip_last else 0
+    forward = sum(2 * weight.elements * share for weight in used if only(weight))
+    final = next((w for w in reversed(used) if "adapters" not in w.name), None) if skip_last else None
+    last = 2 * final.elements if final is not None and only(final) else 0
     return Flops(forward, 2 * forward, forward - last)
 
 

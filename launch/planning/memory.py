@@ -4,15 +4,17 @@ Always there (ZeRO-3; b bytes a number of the dtype, P this rank's shard of all 
 
     weights b P,  gradients b P,  fp32 master and two moments 12 P,  the bucket in which gradients are reduced
 
+(of what Muon updates, master and momentum: 4 + b).
+
 ZeRO-2 holds all weights, ZeRO-1 all weights and, in a step, all gradients; stage 0 everything. The moments:
 
     forward's end     gathered weights, loop states, logits and their log-softmax
     loss's backward   the same, and two gradients of the logits
     core's backward   gathered weights, one loop's activations and their gradients, and, while the loops of a leaf are
                       walked, the gradients of its whole local weights; logits live on in the step's output
-    optimizer step    an fp32 copy of the largest sub-group's gradients and Adam's temporaries
+    optimizer step    an fp32 copy of the largest sub-group's gradients and Adam's temporaries; or what Muon gathers
 
-Building the engine has a peak of its own, ``start_bytes``.
+Building the engine has a peak of its own, ``start_bytes``, which must fit too.
 
 ``gathering.py`` says which weights are gathered when. A CPU has no caching allocator, so there the allowance is zero;
 on a GPU it is a share of everything that comes and goes, and what CUDA and NCCL take before the first tensor.
@@ -25,7 +27,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from launch.planning import muon
 from launch.planning.activations import core_loop, dense_block, loop_state_bytes
+from launch.planning.eight_bits import copies_bytes
 from launch.planning.gathering import Placement, walked
 from launch.planning.run import PlannedRun
 from launch.planning.weights import model_weights
@@ -58,13 +62,19 @@ class MemoryPlan:
     by_kind: dict[str, float]
     host_bytes: float
     moments: dict[str, float]  # the total of each
-    start_bytes: float  # while the engine is built, before the first step
+    start_bytes: float  # on the device, while the engine is built, before the first step
+    start_host_bytes: float  # in host memory meanwhile
     worst_dispatch_bytes: float  # more than planned, if every rank's tokens chose this rank's experts
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """On the device, in a step."""
         return sum(self.by_kind.values())
+
+    def fits(self, device_bytes: float, host_bytes: float) -> bool:
+        """Whether so much memory is enough for a rank to start and to step."""
+        starts = self.start_bytes <= device_bytes and self.start_host_bytes <= host_bytes
+        return starts and self.total <= device_bytes and self.host_bytes <= host_bytes
 
 
 def plan_memory(run: PlannedRun, *, on_gpu: bool = True) -> MemoryPlan:
@@ -83,7 +93,12 @@ def plan_memory(run: PlannedRun, *, on_gpu: bool = True) -> MemoryPlan:
         if kind in static or kind in passing[fullest]
     }
     states_on_host = _loop_states(run) if run.remat_offload else 0.0
-    return MemoryPlan(fullest, by_kind, host + states_on_host, totals, _start(run), _worst_dispatch(run))
+    start, start_on_host = _start(run)
+    if on_gpu:
+        start += _CUDA_BYTES
+    return MemoryPlan(
+        fullest, by_kind, host + states_on_host, totals, start, start_on_host, worst_dispatch_bytes=_worst_dispatch(run)
+    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,7 @@ class Elements:
     after_core: int  # of coda, last norm and head
     largest_core: int
     largest_matrix: int
+    largest_shared: int  # of what every rank builds whole
 
     @property
     def shard(self) -> int:
@@ -127,6 +143,7 @@ def elements_of(config: IceConfig, placement: Placement) -> Elements:
             for core in weights.cores
             for weight in core.weights
         ),
+        largest_shared=max(map(local, shared)),
     )
 
 
@@ -140,7 +157,8 @@ def _static(run: PlannedRun) -> tuple[dict[str, float], float]:
     """What never goes away, and what of it lies in host memory."""
     b, own, local = run.dtype_bytes, own_elements(run), elements_of(run.model, run.placement).local
     master = 0 if run.zero_stage == 0 and b == 4 else 4 * own
-    optimizer, gradients = float(master + 8 * own), float(b * own)
+    # Muon keeps one moment, in the dtype.
+    optimizer, gradients = float(master + 8 * own - (8 - b) * muon.shard_elements(run)), float(b * own)
     kept = float(b * (own if run.zero_stage == 3 else local))
     host = 0.0
     if run.offload_optimizer:
@@ -168,7 +186,8 @@ def _loop_states(run: PlannedRun) -> float:
         if run.remat in ("routes", "dispatch"):
             state += 4 * 8 * choices
         if run.remat == "dispatch" and run.expert_parallel_size > 1:
-            state += 2 * choices * b * model.dim
+            there = model.dim + -(-model.dim // 128) if run.fp8_dispatch else b * model.dim  # as they travelled
+            state += choices * (there + b * model.dim)
         total += run.kept_states(kept) * state
     return total * run.micro_tokens
 
@@ -203,6 +222,7 @@ def _moments(run: PlannedRun, *, on_gpu: bool) -> dict[str, dict[str, float]]:
     forward, backward = _live(run, "forward"), _live(run, "backward")
     elements = elements_of(model, run.placement)
     recomputed = 0.0 if run.remat == "none" else loop.saved
+    eight_bits = copies_bytes(run)
     moments = {
         "forward's end": {
             "weights, gathered": forward,
@@ -221,14 +241,14 @@ def _moments(run: PlannedRun, *, on_gpu: bool) -> dict[str, dict[str, float]]:
         "core's backward": {
             "weights, gathered": backward,
             "loop states": states,
-            "activations": before + (recomputed + loop.backward_passing) * tokens,
+            "activations": before + (recomputed + loop.backward_passing) * tokens + eight_bits,
             "gradients, whole": b * (elements.largest_core + elements.largest_matrix),
             "logits": held,
         },
         "forward of a loop": {
             "weights, gathered": forward,
             "loop states": states,
-            "activations": before + (recomputed + loop.forward_passing) * tokens,
+            "activations": before + (recomputed + loop.forward_passing) * tokens + eight_bits,
         },
         "dense block's backward": {
             "weights, gathered": backward,
@@ -275,7 +295,7 @@ def _step(run: PlannedRun) -> dict[str, float]:
         return {"gradients, own": float(run.dtype_bytes * elements.local), "optimizer": 4.0 * elements.local}
     if run.zero_stage == 3:
         group = max(elements.shard_shared, elements.shard_experts)
-        return {"optimizer": float(4 * min(group, run.engine.sub_group_size))}
+        return {"optimizer": max(4.0 * min(group, run.engine.sub_group_size), muon.passing_bytes(run))}
     copied = 4 * elements.shard if run.dtype_bytes < 4 else 0
     return {
         "gradients, own": float(run.dtype_bytes * elements.shard),
@@ -283,17 +303,22 @@ def _step(run: PlannedRun) -> dict[str, float]:
     }
 
 
-def _start(run: PlannedRun) -> float:
-    """While the engine is built: AutoEP cuts a layer's experts out of all of them, before ZeRO shards the rest.
+def _start(run: PlannedRun) -> tuple[float, float]:
+    """On the device, and in host memory, while the engine is built (``pretrain/expert_start.py``).
 
-    With ``zero_init`` every rank gathers both matrices of a layer whole, beside its shard of the model; without it the
-    model is built whole in host memory and what a rank keeps of it is moved to its device.
+    With ``zero_init`` a rank has the shards of what is built, and beside them one shared matrix whole, or at the end
+    its own experts of one layer, the last of whose three stacks are not sharded yet, and an expert's matrix in fp32.
+    Without it every rank builds the whole model, but only its own experts of it, in fp32 in host memory, and moves it
+    to the device in its dtype.
     """
-    elements = elements_of(run.model, run.placement)
-    if run.zero_init and run.model.n_experts:
-        whole = 3 * run.model.n_experts * run.model.expert_dim * run.model.dim
-        return float(run.dtype_bytes * (whole + elements.shard + elements.largest_core))
-    return float(run.dtype_bytes * elements.local)
+    model, b, elements = run.model, run.dtype_bytes, elements_of(run.model, run.placement)
+    if not run.zero_init:
+        return float(b * elements.local), 4.0 * elements.local
+    own = 3 * model.n_experts // run.expert_parallel_size * model.expert_dim * model.dim
+    sharded = own * run.expert_parallel_size / run.ranks
+    experts = elements.shard - 2 / 3 * sharded + own
+    building = float(b * max(experts, elements.shard_shared + elements.largest_shared))
+    return building + 4.0 * (model.expert_dim * model.dim if own else 0), 0.0
 
 
 def _worst_dispatch(run: PlannedRun) -> float:

@@ -29,5 +29,5 @@ def draw_memory(plans: list[Plan], path: Path) -> None:
     axes.set_ylabel("GiB a rank")
     axes.tick_params(axis="x", labelsize=8)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

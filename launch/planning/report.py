@@ -30,9 +30,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank's memory is enough."""
-        in_host = self.memory.host_bytes <= self.gpu.host_memory_bytes
-        return in_host and self.memory.total <= usable_bytes(self.gpu)
+        """Whether a rank's memory is enough to start and to train."""
+        return self.memory.fits(usable_bytes(self.gpu), self.gpu.host_memory_bytes)
 
     @property
     def days(self) -> float:
@@ -65,6 +64,7 @@ class Plan:
                 "moments": self.memory.moments,
                 "host": self.memory.host_bytes,
                 "start": self.memory.start_bytes,
+                "start_host": self.memory.start_host_bytes,
                 "worst_dispatch": self.memory.worst_dispatch_bytes,
             },
             "flops_per_token": {part: asdict(own) for part, own in training_flops(run, run.mean_loops).items()},
@@ -103,7 +103,7 @@ def _settings(run: PlannedRun) -> dict[str, Any]:
     names = (
         *("zero_stage", "expert_parallel_size", "micro_batch_size", "remat", "remat_once", "remat_offload"),
         *("offload_optimizer", "offload_parameters", "sequence_length", "global_batch_size", "dtype_bytes"),
-        *("mean_loops", "max_loops", "grad_loops", "loss_chunk_tokens"),
+        *("mean_loops", "max_loops", "grad_loops", "loss_chunk_tokens", "zero_init", "muon", "recipe", "fp8_dispatch"),
     )
     return {name: getattr(run, name) for name in names} | {
         "grad_accum_steps": run.grad_accum_steps,

@@ -4,7 +4,11 @@ r"""How long an optimizer step takes: each resource's work over its rate, and wh
     memory         bytes that norms, activations and sorting move through HBM, which no product hides
     parameters     gathers and reductions over NVLink and network; a share runs while products do
     experts        all-to-alls, which the next product waits for: nothing hides them
-    optimizer      every state read and written once; over PCIe and by the host's cores when offloaded
+    optimizer      every state read and written once; over PCIe and by the host's cores when offloaded; Muon's rounds
+                   of Newton-Schulz and its gathers, one after the other
+
+An FP8 recipe's products run at the rate of eight bits with the same efficiency, and rounding their operands is
+``memory`` (``eight_bits.py``).
 
 A roofline is an upper bound made honest by stated efficiencies (:class:`Efficiency`). They are assumptions from what
 others report on such machines, not measurements of this project (no GPU has run it): change them when you have some.
@@ -15,9 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.planning.activations import core_loop, dense_block
+from launch.planning.eight_bits import eight_bits
 from launch.planning.flops import Flops, model_flops, total_flops, training_flops
 from launch.planning.gpus import Gpu
 from launch.planning.memory import own_elements
+from launch.planning.muon import flops_in_turn, shard_elements
 from launch.planning.run import PlannedRun
 from launch.planning.traffic import Transfer, step_transfers
 
@@ -65,19 +71,25 @@ def step_time(run: PlannedRun, gpu: Gpu, efficiency: Efficiency | None = None) -
     tokens_of_rank = run.step_tokens / run.ranks
     peak = gpu.bf16_flops if run.dtype_bytes == 2 else gpu.bf16_flops / 2
     by_kind = {"core experts": rates.grouped, "core attention": rates.attention}
+    narrow = eight_bits(run, gpu)
     arithmetic = sum(
-        own.total * tokens_of_rank / (peak * by_kind.get(part, rates.dense)) for part, own in parts.items()
+        (own.total - faster + (faster * peak / gpu.fp8_flops if faster else 0.0))
+        * (tokens_of_rank / (peak * by_kind.get(part, rates.dense)))
+        for part, own, faster in ((part, own, narrow.flops.get(part, 0.0)) for part, own in parts.items())
     )
     transfers = step_transfers(run, run.mean_loops)
-    parameters = _wire_seconds(run, gpu, rates, [t for t in transfers if not t.kind.startswith("expert")])
+    parameters = _wire_seconds(run, gpu, rates, [t for t in transfers if not t.kind.startswith(("expert", "Muon"))])
+    hbm = gpu.hbm_bytes_per_second * rates.hbm
     experts = _wire_seconds(run, gpu, rates, [t for t in transfers if t.kind.startswith("expert")])
     exposed = max(parameters * (1 - rates.overlap), parameters - arithmetic)
     by_resource = {
         "arithmetic": arithmetic,
-        "memory": _moved_bytes(run) * tokens_of_rank / (gpu.hbm_bytes_per_second * rates.hbm),
+        "memory": (_moved_bytes(run) * tokens_of_rank + narrow.rounding_bytes) / hbm,
         "parameter traffic": exposed,
         "expert traffic": experts,
-        "optimizer": _optimizer_seconds(run, gpu, rates),
+        "optimizer": _optimizer_seconds(run, gpu, rates)
+        + flops_in_turn(run) / (peak * rates.dense)
+        + _wire_seconds(run, gpu, rates, [t for t in transfers if t.kind.startswith("Muon")]),
     }
     seconds = sum(by_resource.values())
     utilisation = model_flops(parts) * tokens_of_rank / (seconds * peak)
@@ -111,7 +123,7 @@ def _moved_bytes(run: PlannedRun) -> float:
 
 def _optimizer_seconds(run: PlannedRun, gpu: Gpu, rates: Efficiency) -> float:
     own, b = own_elements(run), run.dtype_bytes
-    states = own * (2 * 12 + 2 * b)  # read and written
+    states = own * (2 * 12 + 2 * b) - 2 * (8 - b) * shard_elements(run)  # read and written
     if not run.offload_optimizer:
         return states / (gpu.hbm_bytes_per_second * rates.hbm)
     return states / rates.host_adam_bytes_per_second + own * 2 * b / gpu.host_bytes_per_second

@@ -15,6 +15,7 @@ from launch.planning.gathering import Placement
 
 if TYPE_CHECKING:
     from model.config import IceConfig
+    from model.fp8 import Fp8Part, RecipeName
     from pretrain.config import TrainingConfig
 
 Remat = Literal["none", "loop", "routes", "dispatch", "sqrt"]
@@ -42,6 +43,9 @@ class PlannedRun:
     remat_offload: bool = False
     fp8_dispatch: bool = False  # rows travel to their experts in eight bits, and back in the dtype
     zero_init: bool = False
+    muon: bool = False  # updates the hidden matrices; AdamW the rest
+    recipe: RecipeName = "bf16"  # what matrix products are made in
+    fp8_exclude: tuple[Fp8Part, ...] = ()
     offload_optimizer: bool = False
     offload_parameters: bool = False
     extra_reads: int = 0  # CDL reads the model at one more depth
@@ -123,6 +127,9 @@ def planned_run(config: TrainingConfig, ranks: int, dtype_bytes: int) -> Planned
         remat_offload=loop.remat_offload,
         fp8_dispatch=parallel.fp8_dispatch,
         zero_init=parallel.zero_init,
+        muon=config.optim.kind == "muon",
+        recipe=config.precision.recipe,
+        fp8_exclude=config.precision.fp8_exclude,
         offload_optimizer=parallel.offload_optimizer != "none",
         offload_parameters=parallel.offload_parameters != "none",
         extra_reads=1 if loop.cdl is not None else 0,

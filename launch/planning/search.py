@@ -2,8 +2,9 @@
 
 Candidates are all combinations of what a user may set without changing what is trained: expert-parallel size, ZeRO
 stage, micro-batch and recomputation policy. A candidate must divide (experts by EP, ranks by EP, the global batch by
-ranks x micro-batch) and fit, on the device and in its share of the node's memory; the fastest by ``roofline.py`` wins.
-The optimizer is in host memory where the run has it there; moving it is a remedy, not a choice: it is slow.
+ranks x micro-batch) and fit, while it starts and while it trains, on the device and in its share of the node's memory;
+the fastest by ``roofline.py`` wins. The optimizer is in host memory where the run has it there; moving it is a remedy,
+not a choice: it is slow.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def divides(run: PlannedRun) -> bool:
 def evaluate(run: PlannedRun, gpu: Gpu) -> Candidate | None:
     """``run`` with its plan, None where it does not fit."""
     memory = plan_memory(run)
-    fits = memory.total <= usable_bytes(gpu) and memory.host_bytes <= gpu.host_memory_bytes
+    fits = memory.fits(usable_bytes(gpu), gpu.host_memory_bytes)
     return Candidate(run, memory, step_time(run, gpu)) if fits else None
 
 
@@ -83,11 +84,16 @@ def remedies(run: PlannedRun, gpu: Gpu) -> list[str]:
     changes += [(f"loop.remat = {policy}", {"remat": policy}) for policy in ("loop", "sqrt") if policy != run.remat]
     if run.zero_stage < 3:
         changes.append(("parallel.zero_stage = 3", {"zero_stage": 3}))
+    elif not run.zero_init:
+        changes.append(("parallel.zero_init = true", {"zero_init": True}))
     size = run.expert_parallel_size * 2
     while run.model.n_experts and run.model.n_experts % size == 0 and run.ranks % size == 0:
         changes.append((f"parallel.expert_parallel_size = {size}", {"expert_parallel_size": size}))
         size *= 2
-    changes.append(('parallel.offload_optimizer = "cpu"', {"offload_optimizer": True}))
+    if run.muon:
+        changes.append(('optim.kind = "adamw"', {"muon": False}))
+    else:
+        changes.append(('parallel.offload_optimizer = "cpu"', {"offload_optimizer": True}))
     found: list[str] = []
     for count in (1, 2, 3):
         for chosen in itertools.combinations(changes, count):
@@ -105,7 +111,7 @@ def remedies(run: PlannedRun, gpu: Gpu) -> list[str]:
 def _candidates(run: PlannedRun) -> Iterator[PlannedRun]:
     sizes = [size for size in _powers(run.model.n_experts or 1) if run.ranks % size == 0]
     batches = _powers(run.global_batch_size // run.ranks) if run.global_batch_size >= run.ranks else []
-    stages = (3,) if run.zero_init or run.offload_parameters else (1, 2, 3)
+    stages = (3,) if run.zero_init or run.offload_parameters or run.muon else (1, 2, 3)
     for size, stage, batch, policy in itertools.product(sizes, stages, batches, _POLICIES):
         if policy in ("routes", "dispatch") and (size == 1 or run.model.n_experts == 0):
             continue

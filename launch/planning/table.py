@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from launch.planning.eight_bits import emulated
 from launch.planning.flops import total_flops, training_flops
 from launch.planning.report import Plan
 from launch.planning.search import usable_bytes
@@ -43,10 +44,13 @@ def memory_table(plan: Plan) -> Table:
             table.add_row(kind, gibibytes(size))
     table.add_section()
     table.add_row("total", gibibytes(memory.total))
+    table.add_row("while it starts", gibibytes(memory.start_bytes))
     table.add_row("usable", gibibytes(usable_bytes(plan.gpu)))
     table.add_row("more, should all rows go to one rank", gibibytes(memory.worst_dispatch_bytes))
     if memory.host_bytes:
         table.add_row("in host memory", gibibytes(memory.host_bytes))
+    if memory.start_host_bytes:
+        table.add_row("in host memory while it starts", gibibytes(memory.start_host_bytes))
     return table
 
 
@@ -122,16 +126,12 @@ def _verdict(plan: Plan) -> RenderableType:
     if plan.fits:
         lines.append("It fits.")
     else:
-        over = plan.memory.total - usable_bytes(plan.gpu)
-        lines.append(f"It does not fit: {gibibytes(over)} GiB too much at the {plan.memory.moment}.")
+        lines += _misfits(plan)
         lines += [f"  It would with {remedy}." for remedy in plan.remedies]
         if not plan.remedies:
             lines.append("  No change of settings makes it fit this many GPUs.")
-    if plan.memory.start_bytes > usable_bytes(plan.gpu):
-        lines.append(
-            f"Starting does not fit: AutoEP gathers a layer's experts whole on every rank, "
-            f"{gibibytes(plan.memory.start_bytes)} GiB."
-        )
+    if emulated(plan.run, plan.gpu):
+        lines.append(f"{plan.run.recipe} is emulated on {plan.gpu.name}: planned as fast as without, in truth slower.")
     if plan.best is not None:
         found = plan.best
         lines.append(
@@ -142,6 +142,22 @@ def _verdict(plan: Plan) -> RenderableType:
         found = plan.smallest
         lines.append(f"Smallest cluster: {found.run.ranks} GPUs with {found.describe()}.")
     return Group(*lines)
+
+
+def _misfits(plan: Plan) -> list[str]:
+    """Each amount of memory that is not enough."""
+    memory, device, host = plan.memory, usable_bytes(plan.gpu), plan.gpu.host_memory_bytes
+    needs = (
+        (memory.total, device, f"at the {memory.moment}"),
+        (memory.start_bytes, device, "while it starts"),
+        (memory.host_bytes, host, "in host memory"),
+        (memory.start_host_bytes, host, "in host memory while it starts"),
+    )
+    return [
+        f"It does not fit: {gibibytes(needed - there)} GiB too much {when}."
+        for needed, there, when in needs
+        if needed > there
+    ]
 
 
 def _table(title: str, first: str, *others: str) -> Table:

@@ -5,6 +5,9 @@ r"""Bytes a rank moves in an optimizer step, by what they are for, and over whic
     expert payload      K rows of D numbers a token, for each loop and layer, each way: 2 all-to-alls forward,
                         2 backward (loops with a gradient), and 2 in each recomputation that repeats them
     expert counts       E integers for each exchange that is planned
+    Muon gather         gradients and momenta, gathered whole and handed out again, once a step (``muon.py``)
+
+Muon has DeepSpeed all-reduce every gradient.
 
 With ``parallel.fp8_dispatch`` the way there, forward, takes a byte a number and one for each 128.
 
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 
 from launch.planning.gathering import persistent_gather, walked
 from launch.planning.memory import elements_of
+from launch.planning.muon import gathered_elements
 from launch.planning.run import PlannedRun
 from launch.planning.weights import model_weights
 
@@ -59,13 +63,14 @@ class Transfer:
 
 def step_transfers(run: PlannedRun, loops: int) -> list[Transfer]:
     """Everything a rank takes part in during an optimizer step of ``loops`` loops."""
-    return [*_parameters(run), *_gradients(run), *_exchanges(run, loops)]
+    return [*_parameters(run), *_gradients(run), *_orthogonalised(run), *_exchanges(run, loops)]
 
 
 def bytes_by_kind(transfers: list[Transfer]) -> dict[str, tuple[float, float]]:
     """(sent, buffer) bytes under the names that ``pretrain/communication.py`` counts by."""
     names = {
         "parameter gather": "parameter_gather",
+        "Muon gather": "parameter_gather",
         "expert payload": "expert_payload",
         "expert counts": "expert_counts",
     }
@@ -101,12 +106,21 @@ def _parameters(run: PlannedRun) -> list[Transfer]:
 
 
 def _gradients(run: PlannedRun) -> list[Transfer]:
-    kind = "gradient all-reduce" if run.zero_stage in (0, 1) else "gradient reduce-scatter"
+    whole = run.zero_stage in (0, 1) or run.muon
+    kind = "gradient all-reduce" if whole else "gradient reduce-scatter"
     times = run.grad_accum_steps if run.zero_stage >= 2 else 1
     return [
         _ring(run, kind, owners, count * run.dtype_bytes * times)
         for owners, count in sorted(_by_owners(run).items())
         if owners > 1 or run.zero_stage != 3  # pretrain/lean_zero.py: nothing is reduced over one rank
+    ]
+
+
+def _orthogonalised(run: PlannedRun) -> list[Transfer]:
+    return [
+        _ring(run, "Muon gather", owners, float(count * run.dtype_bytes))
+        for owners, count in sorted(gathered_elements(run).items())
+        if owners > 1
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.settings import BadInputError
+from model import IceConfig
 from pretrain.checkpoint.layout import STATE
 from pretrain.data import past_of
 
@@ -16,6 +17,8 @@ FORMAT_VERSION = 1
 # What of the topology may differ from a checkpoint's: it is then converted (universal.py). The dtype may between bf16
 # and fp32; fp16 has a loss scale, which the other form does not keep.
 ELASTIC = ("ranks", "expert_parallel_size", "dtype")
+
+_DEFAULTS: dict[str, Any] = IceConfig().model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ def require_same_identity(
     current = json.loads(json.dumps(asdict(identity)))
     next_sample = record["next_sample"]
     saved, current = ({**each, "data": past_of(each["data"], next_sample)} for each in (record["identity"], current))
+    # A field that did not exist when the checkpoint was written has had its default ever since.
+    for each in (saved, current):
+        each["model"] = _DEFAULTS | each["model"]
     # The universal format has Adam's moments; Muon's momentum it has not.
     partitioned = saved["topology"].get("zero_stage") and "optimizer" not in saved["topology"]
     elastic = set(ELASTIC) if partitioned else set()

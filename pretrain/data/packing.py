@@ -58,6 +58,18 @@ class Row(NamedTuple):
     counted: NDArray[np.bool_] | None = None
 
 
+class HeldOutRow(NamedTuple):
+    """One held-out sequence, possibly shorter than the others, which are then padded.
+
+    ``tokens`` (n + 1,), and for each of the n targets: whether it counts, its domain, its document within the row.
+    """
+
+    tokens: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+    domain_ids: NDArray[np.int64]
+    document_ids: NDArray[np.int64]
+
+
 class Packing(Protocol):
     """Documents as ``n_rows`` rows of one length, in any order of access."""
 

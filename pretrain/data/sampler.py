@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.reader import Dataset, open_dataset
+from data_pipeline.dataset.reader import Dataset
 from data_pipeline.mixture import SamplingPlan, Source, Stage
 from launch.settings import BadInputError
 from pretrain.config import DataSection, SourceSection
 from pretrain.data.packing import Row
 from pretrain.data.selection import Selection, chosen_documents
 from pretrain.data.sequences import TokenSequences
+from pretrain.data.source import AnyDataset, RowSource, open_source
+from pretrain.data.task_rows import TaskRows
+from pretrain.tasks.dataset import TaskDataset
 
 CACHE_FOLDER = ".cache"
 
@@ -33,7 +36,7 @@ Taken = dict[str, list[tuple[str, NDArray[np.bool_]]]]
 class Sampler:
     """Every training sample of a run, by its number. Share one between threads: reading changes nothing."""
 
-    def __init__(self, section: DataSection, sources: Sequence[TokenSequences], seed: int) -> None:
+    def __init__(self, section: DataSection, sources: Sequence[RowSource], seed: int) -> None:
         self.section, self.sources, self.seed = section, tuple(sources), seed
         self.plan = SamplingPlan(
             [
@@ -63,7 +66,7 @@ class Sampler:
             chosen = located.source == number
             blocks[chosen] = self.sources[number].blocks_at(located.epoch[chosen], located.place[chosen])
         return [
-            self.sources[source].packing.read(block, part * length, length, with_documents)
+            self.sources[source].read(block, part * length, length, with_documents)
             for source, block, part in zip(located.source.tolist(), blocks.tolist(), located.part.tolist(), strict=True)
         ]
 
@@ -145,7 +148,7 @@ def selection_of(source: SourceSection) -> Selection:
     )
 
 
-def check_vocabulary(dataset: Dataset, model_vocab_size: int) -> None:
+def check_vocabulary(dataset: AnyDataset, model_vocab_size: int) -> None:
     """Raise ``BadInputError`` when the data has token ids that the model has no embedding for."""
     if dataset.vocab_size > model_vocab_size:
         raise BadInputError(
@@ -154,25 +157,27 @@ def check_vocabulary(dataset: Dataset, model_vocab_size: int) -> None:
         )
 
 
-def open_sampler(section: DataSection, seed: int, vocab_size: int, main: Dataset) -> Sampler:
+def open_sampler(section: DataSection, seed: int, vocab_size: int, main: AnyDataset) -> Sampler:
     """Open every source of ``section``, and check that they fit together and the model.
 
     ``main`` is the open data set of ``data.path``. Raises ``BadInputError`` for a source that cannot be opened, has
     another tokenizer than ``main``, or shares documents with another source.
     """
-    datasets = {main.folder: main}
+    datasets = {main.folder: main} if isinstance(main, Dataset) else {}
     taken: Taken = {}
-    sources = []
+    sources: list[RowSource] = []
     for source in section.all_sources:
-        folder = Path(source.path)
-        dataset = datasets.get(folder) or open_dataset(folder)
-        datasets[folder] = dataset
+        dataset = open_source(source, datasets)
         check_vocabulary(dataset, vocab_size)
-        if dataset.manifest.tokenizer.sha256 != main.manifest.tokenizer.sha256:
+        if dataset.tokenizer_sha256 != main.tokenizer_sha256:
             raise BadInputError(
                 f"{dataset.folder}: was prepared with another tokenizer than {main.folder}, so its token ids mean "
                 "other text; prepare one of them again with the other's"
             )
+        if isinstance(dataset, TaskDataset):
+            sources.append(TaskRows(dataset, section.sequence_length, seed))
+            continue
+        datasets[dataset.folder] = dataset
         selection = selection_of(source)
         chosen = None if selection.is_everything else chosen_documents(dataset, "train", selection)
         if len(section.all_sources) > 1:

@@ -96,6 +96,15 @@ class TokenSequences:
             result[chosen] = self._permutation(int(epoch))(places[chosen])
         return result
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the chosen documents."""
+        return self.documents.total_tokens
+
+    def read(self, block: int, offset: int, length: int, with_documents: bool) -> Row:
+        """The ``length`` targets of a row from its ``offset``-th on."""
+        return self.packing.read(block, offset, length, with_documents)
+
     def tokens(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens of samples, (len(sample_ids), S + 1)."""
         length = self.sequence_length

@@ -32,6 +32,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -97,10 +98,18 @@ class Victim:
         def taken_over() -> bool:
             return generation.exists() and generation.stat().st_mtime_ns != before
 
-        if not self.wait_until(taken_over, START_SECONDS):
+        # Taking over shortens metrics.jsonl to the checkpoint, so a change of its last step is no step taken.
+        if not self.wait_until(lambda: taken_over() and self.resumed_after() is not None, START_SECONDS):
             return False
-        resumed = last_step(self.run)
-        return self.wait_until(lambda: last_step(self.run) != resumed, START_SECONDS)
+        resumed = self.resumed_after()
+        return self.wait_until(lambda: last_step(self.run) > (resumed or 0), START_SECONDS)
+
+    def resumed_after(self) -> int | None:
+        """The step that this start has said it resumes after, 0 from the beginning; None when it said nothing yet."""
+        text = " ".join(self.launch.log.read_text().split())  # lines may be wrapped
+        if found := re.search(r"resuming after step (\d+);", text):
+            return int(found[1])
+        return 0 if "from the beginning;" in text else None
 
     def a_rank(self) -> psutil.Process | None:
         """One of the two, at random."""
@@ -281,8 +290,9 @@ def hurt(config: Path, run: Path, kinds: list[str], minutes: float, seed: int) -
         at_peace = time.monotonic() > deadline
         victim = Victim(config, run, generator)
         training = victim.wait_for_training()
-        if before is not None and training:
-            repeated[before[0]].append(before[1] - resumed_after(victim))
+        resumed = victim.resumed_after()
+        if before is not None and resumed is not None:
+            repeated[before[0]].append(before[1] - resumed)
             before = None
         if at_peace or not training:
             status = victim.launch.process.wait(3600)
@@ -315,12 +325,6 @@ def hurt(config: Path, run: Path, kinds: list[str], minutes: float, seed: int) -
         "statuses": {kind: dict(counts) for kind, counts in statuses.items()},
         "ended_without_a_fault": unprovoked,
     }
-
-
-def resumed_after(victim: Victim) -> int:
-    """The step that this start has said it resumes after; 0 from the beginning."""
-    text = " ".join(victim.launch.log.read_text().split())  # lines may be wrapped
-    return int(text.split("resuming after step ")[1].split(";")[0]) if "resuming after step " in text else 0
 
 
 def main() -> int:

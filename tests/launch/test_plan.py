@@ -57,14 +57,52 @@ def test_every_size_fits_the_nodes_its_slurm_job_asks_for(capsys: pytest.Capture
 def test_a_cluster_that_cannot_run_it_is_refused_in_one_line() -> None:
     with pytest.raises(BadInputError, match="must divide the number of ranks, 3"):
         main(["--config", str(ROOT / "configs" / "ice_1b.json"), "--gpus", "3"])
-    with pytest.raises(BadInputError, match="--gpus -8: must be at least 1"):
-        main(["--config", str(ROOT / "configs" / "ice_1b.json"), "--gpus", "-8"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "-8"], "--gpus -8: must be at least 1"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--price", "-3"], "--price -3: must be 0 or more, and finite"),
+        (["--price", "nan"], "--price nan: must be 0 or more, and finite"),
+        (["--price", "1e999"], "--price inf: must be 0 or more, and finite"),
+        (["--json", "{folder}/none/plan.json"], "--json .*: there is no folder .*/none; make it first"),
+        (["--json", "{folder}"], "--json .*: is a folder; name a file"),
+        (["--picture", "{folder}/none/plan.png"], "--picture .*: there is no folder .*/none; make it first"),
+        (["--json", "{folder}/" + "x" * 300], "xxx: File name too long; name another file"),
+        (["--set", f"schedule.steps={10**400}"], "ice_1b.json: too large to plan"),
+        (["--config", "{folder}/none.json"], "none.json: no such file"),
+        (["--config", "{folder}"], "cannot be read as UTF-8 text"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    arguments = ["--config", str(ROOT / "configs" / "ice_1b.json"), "--no-search"]
+    with pytest.raises(BadInputError, match=message) as refusal:
+        main(arguments + [option.replace("{folder}", str(tmp_path)) for option in options])
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_price_of_nothing_is_a_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(ROOT / "configs" / "ice_1b.json"), "--no-search", "--price", "0"]) == 0
+    assert "cost at 0 a GPU-hour" in capsys.readouterr().out
 
 
 def test_each_remedy_does_make_it_fit() -> None:
     run = replace(run_of("ice_10b", 32), remat="none", remat_once=False, micro_batch_size=8)
     assert evaluate(run, H100) is None
     assert "loop.remat = loop" in " ".join(remedies(run, H100))
+
+
+def test_a_run_that_trains_but_cannot_start_does_not_fit() -> None:
+    """Without zero.Init every rank builds all but the others' experts, and moves it to its device whole."""
+    run = replace(run_of("ice_500b", 1024), zero_init=False, expert_parallel_size=16)
+    plan = plan_memory(run)
+    assert plan.total < usable_bytes(H100) < plan.start_bytes
+    assert evaluate(run, H100) is None
+    assert "parallel.zero_init = true" in remedies(run, H100)
+    assert plan_memory(replace(run, zero_init=True)).start_bytes < 0.25 * plan.start_bytes
 
 
 def test_memory_does_not_grow_with_depth_but_for_the_states_of_loops_with_a_gradient() -> None:

@@ -9,9 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch.settings import BadInputError, load_settings
-from launch.submit import Resources, Site, main, read_resources, render, training_scripts
+from launch.submit import Resources, Site, main, ranges, read_resources, render, training_scripts
+from launch.sweep import main as run_sweep
+from launch.sweeping.settings import SweepSettings
 from model.variants import VARIANTS
 from pretrain.config import TrainingConfig, check_topology
 
@@ -109,6 +113,73 @@ def test_values_reach_sbatch_as_they_are_and_its_status_comes_back(
         "--set",
         "run.name=b",
     ]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep of six cells, of which the third and the last are finished."""
+
+    class Folder:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def is_finished(self) -> bool:
+            return self.index in (2, 5)
+
+    path = tmp_path / "sweep.json"
+
+    def load(source: Path, parallel: int | None) -> tuple[SweepSettings, list[Folder]]:
+        assert source == path
+        return load_settings(SweepSettings, path), [Folder(index) for index in range(6)]
+
+    path.write_text(json.dumps({"name": "a", "config": "c.json", "sizes": {"a": {}}}))
+    monkeypatch.setattr("launch.sweep.load_sweep", load)
+    return path
+
+
+def test_a_sweep_is_an_array_of_its_unfinished_cells(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", "--sweep", str(sweep), "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"sbatch --array=0-1,3-4 slurm/scaling.sh {sweep}\n"
+    assert run_sweep([str(sweep), "--executor", "slurm", "--parallel", "2", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"sbatch --array=0-1,3-4%2 slurm/scaling.sh {sweep}\n"
+
+
+def test_a_sweeps_ranks_and_its_site_reach_sbatch(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.write_text(json.dumps({"name": "a", "config": "c.json", "sizes": {"a": {}}, "ranks": 8}))
+    site = write_site(tmp_path, partition="gpu", gpus_per_node=4)
+    assert main(["scaling", "--sweep", str(sweep), "--site", str(site), "--dry-run"]) == 0
+    resources = "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4"
+    assert capsys.readouterr().out == f"sbatch --array=0-1,3-4 --partition=gpu {resources} slurm/scaling.sh {sweep}\n"
+    site = write_site(tmp_path, gpus_per_node=3)
+    with pytest.raises(BadInputError, match="ranks = 8: must be a multiple of gpus_per_node = 3"):
+        main(["scaling", "--sweep", str(sweep), "--site", str(site), "--dry-run"])
+
+
+def test_a_sweep_belongs_to_the_scaling_script_alone(sweep: Path) -> None:
+    for arguments in (["scaling"], ["ice_1b", "--sweep", "f"], ["scaling", "--sweep", str(sweep), "--set", "a.b=1"]):
+        with pytest.raises(SystemExit) as refusal:
+            main(arguments)
+        assert refusal.value.code == 2
+
+
+def test_the_scaling_script_is_as_thin_as_the_others(repository_root: Path) -> None:
+    text = (repository_root / "slurm" / "scaling.sh").read_text()
+    assert "Your site:" in text.splitlines()[2]
+    assert text.endswith('source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"\ntrain_cell "$@"\n')
+    for option in ("--requeue", "--open-mode=append", "--signal=B:USR1@300", "--output=%x-%A_%a.log"):
+        assert f"#SBATCH {option}\n" in text
+    assert read_resources(repository_root / "slurm" / "scaling.sh") == Resources(1, 1)
+
+
+@given(st.sets(st.integers(0, 60), min_size=1))
+def test_ranges_are_the_numbers(numbers: set[int]) -> None:
+    read = []
+    for part in ranges(sorted(numbers)).split(","):
+        first, _, last = part.partition("-")
+        read += range(int(first), int(last or first) + 1)
+    assert read == sorted(numbers)
 
 
 def test_what_is_printed_is_what_a_shell_would_run(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import IceConfig, IceModel, ice_tiny
-from model.init import decays
+from model.expert_parallel import routed_layers
+from model.init import decays, experts_without_memory, matrix_std, output_std
 from model.parameters import meta_model
 
 CONFIGS = {
@@ -116,3 +117,57 @@ def test_a_seed_fixes_the_model() -> None:
         torch.manual_seed(11)
         models.append(IceModel(CONFIGS["gqa"]).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def experts_of(config: IceConfig) -> list[Any]:
+    torch.manual_seed(11)
+    return [layer.module.experts for layer in routed_layers(IceModel(config))]
+
+
+def test_any_part_of_the_experts_can_be_drawn_alone() -> None:
+    config = IceConfig(recurrent_layers=2).scaled_down()
+    for experts in experts_of(config):
+        gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+        down = experts.down_proj.detach()
+        for first, end in ((0, 1), (3, 4), (2, config.n_experts)):
+            drawn = [torch.full_like(whole[first:end], torch.nan) for whole in (gate, up, down)]
+            experts.draws.fill(*drawn, first_expert=first)
+            assert all(map(torch.equal, drawn, (gate[first:end], up[first:end], down[first:end])))
+        half = [torch.empty_like(whole, dtype=torch.bfloat16) for whole in (gate, up, down)]
+        experts.draws.fill(*half)
+        assert all(torch.equal(ours, whole.bfloat16()) for ours, whole in zip(half, (gate, up, down), strict=True))
+
+
+def test_no_two_matrices_of_experts_are_alike_and_each_has_its_spread() -> None:
+    config = IceConfig.model_validate(
+        IceConfig(recurrent_layers=2).scaled_down().model_dump() | {"dim": 64, "expert_dim": 64, "ffn_dim": 64}
+    )
+    layers = experts_of(config)
+    matrices = torch.cat(
+        [torch.cat((*layer.gate_up_proj.detach().chunk(2, dim=1), layer.down_proj.detach())) for layer in layers]
+    ).flatten(1)
+    spread = [matrix_std(64)] * 2 * config.n_experts + [output_std(config, 64)] * config.n_experts
+    torch.testing.assert_close(matrices.std(dim=1), torch.tensor(spread * 2), rtol=0.06, atol=0)
+    correlation = torch.corrcoef(matrices).fill_diagonal_(0)
+    assert correlation.abs().max() < 6 / math.sqrt(matrices.shape[1])
+
+
+def test_experts_without_memory_change_nothing_else_and_keep_their_draws() -> None:
+    config = IceConfig(recurrent_layers=2, msrd_scales=(1, 2)).scaled_down()
+    torch.manual_seed(11)
+    with experts_without_memory():
+        empty = IceModel(config)
+    torch.manual_seed(11)
+    whole = IceModel(config)
+    for (name, parameter), expected in zip(empty.named_parameters(), whole.parameters(), strict=True):
+        if ".experts." in name:
+            assert parameter.is_meta
+            assert parameter.shape == expected.shape
+        else:
+            assert torch.equal(parameter, expected), name
+    for layer, expected_layer in zip(routed_layers(empty), routed_layers(whole), strict=True):
+        down = torch.empty_like(expected_layer.module.experts.down_proj)
+        gate_up = torch.empty_like(expected_layer.module.experts.gate_up_proj)
+        layer.module.experts.draws.fill(*gate_up.chunk(2, dim=1), down)
+        assert torch.equal(down, expected_layer.module.experts.down_proj)
+        assert torch.equal(gate_up, expected_layer.module.experts.gate_up_proj)

@@ -1,4 +1,4 @@
-"""How much memory a training step takes on a rank, for a :class:`rank_pool.RankPool`.
+"""How much memory a start and a training step take on a rank, for a :class:`rank_pool.RankPool`.
 
 On a CPU torch has no allocator of its own: tensors come from ``malloc``, whose exact count of bytes in use
 (``mallinfo2``, glibc 2.33) is read after every torch operation, when its outputs exist and its inputs still do. What
@@ -14,11 +14,13 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from rank_jobs import changed_deepspeed_config, end_engine, start_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.communication import CollectiveCounter
 from pretrain.losses import training_objective
 
 
@@ -95,3 +97,44 @@ def memory_of_a_step(values: dict[str, Any], loops: int, zero_settings: dict[str
 def _watched() -> Iterator[PeakWatch]:
     with PeakWatch() as watch:
         yield watch
+
+
+class StartCost(NamedTuple):
+    """Bytes of a rank, over what it had before, until AutoEP has replaced its layers; and those gathered meanwhile."""
+
+    peak: int
+    gathered: int
+
+
+def cost_of_a_start(values: dict[str, Any], stock: bool = False) -> StartCost:
+    """What building the model and spreading its experts takes; ``stock``: as AutoEP does it by itself."""
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    import pretrain.engine
+    import pretrain.expert_start
+
+    watch, counter = PeakWatch(), CollectiveCounter()
+    costs: list[StartCost] = []
+    spread = DeepSpeedEngine._configure_expert_parallel
+
+    def spread_and_look(self: Any, *arguments: Any, **keys: Any) -> Any:
+        result = spread(self, *arguments, **keys)
+        costs.append(StartCost(watch.peak - before, counter.total["parameter_gather"].buffer_bytes))
+        return result
+
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(mock.patch.object(DeepSpeedEngine, "_configure_expert_parallel", spread_and_look))
+        if stock:
+            for module, name, replacement in (
+                (pretrain.engine, "experts_without_memory", contextlib.nullcontext),
+                (pretrain.expert_start, "own_experts_only", contextlib.nullcontext),
+                (pretrain.expert_start, "ZeroInit", deepspeed.zero.Init),
+            ):
+                changes.enter_context(mock.patch.object(module, name, replacement))
+        gc.collect()
+        before = allocated_bytes()
+        changes.enter_context(watch)
+        changes.enter_context(counter)
+        end_engine(start_engine(values))
+    return costs[0]

@@ -40,6 +40,14 @@ def end_engine(engine: TrainingEngine) -> None:
     engine._engine.destroy()
 
 
+def initial_weights(values: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What an engine starts from, whole, under the plain model's names; on the first rank."""
+    engine = start_engine(values)
+    weights = dict(engine.plain_weights())
+    end_engine(engine)
+    return weights if engine.place.is_first else None
+
+
 def micro_batches(engine: TrainingEngine, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of the global batch, as ``BatchLoader`` deals it: contiguous, cut into micro-batches."""
     inputs, targets = tokens_of_step(step)
@@ -92,12 +100,12 @@ def train_on(
             trace.gradients.append(whole_gradients(engine))
         outcome = engine.step(engine.config.optim.lr)
         load = engine.take_expert_load()
-        assert load is not None
-        engine.balance_experts(load)
+        if load is not None:
+            engine.balance_experts(load)
         (total,) = engine.sum_over_ranks([sum(losses) / len(losses)])
         trace.losses.append(total / engine.place.world_size)
         trace.norms.append(outcome.grad_norm)
-        trace.loads.append(load)
+        trace.loads.append(torch.empty(0) if load is None else load)
         if trace.logits is None and engine.config.parallel.loss_chunk_tokens is None:
             trace.logits = torch.cat([part for parts in engine.gather_objects(logits) for part in parts])
     if weights:

@@ -79,7 +79,8 @@ class Step:
     def reads(self, config: Any) -> dict[str, Any]:
         """The other depths that contrastive depth learning and the depth heads look at."""
         contrast = {"read_loops": (self.shallow,)} if config.loop.cdl is not None else {}
-        return contrast | ({"probe_loop": self.shallow} if config.model.slu else {})
+        probed = config.model.slu or config.model.core == "apex"
+        return contrast | ({"probe_loop": self.shallow} if probed else {})
 
 
 @dataclass
@@ -189,7 +190,7 @@ def reference(values: dict[str, Any], steps: list[Step], routing: str = "ordinar
         for name, parameter in matrices.items():
             muon_step(name, parameter, momenta[name], optim)
         load = model.core.expert_load.take()
-        trace.loads.append(load)
+        trace.loads.append(load if config.model.n_experts else torch.empty(0))
         for layer, router in enumerate(routers):
             counts = load[:, layer].sum(0).double()
             router.e_score_correction_bias += optim.expert_bias_update_rate * torch.sign(counts.mean() - counts).float()

@@ -21,7 +21,8 @@ from rank_pool import RankPool
 from data_pipeline.dataset.publish import build_manifest, publish
 from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.tokenizer.bpe import train_tokenizer
-from pretrain import generate, loaded_run
+from pretrain import generate
+from pretrain.data import source
 from pretrain.evaluate import evaluate_run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(500)]
@@ -175,7 +176,7 @@ def test_every_source_is_evaluated_as_one_process_would(values: dict[str, Any]) 
     assert line["validation_bits_per_byte"] == by_source["low"], "data.path is the first source's"
     assert line["validation_bits_per_byte/source/high/text"] == by_source["high"]
     assert by_source["high"] < by_source["low"] - 0.1, "the last steps trained on high alone"
-    results, _ = evaluate_run(run, [2])
+    results = evaluate_run(run, [2]).by_loops
     assert {name: losses.bits_per_byte for name, losses in results[2].by_source.items()} == pytest.approx(
         by_source, rel=1e-4
     )
@@ -188,7 +189,7 @@ def test_text_comes_out_of_the_run_without_its_data(
     def no_data(path: Path) -> None:
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr(loaded_run, "open_dataset", no_data)
+    monkeypatch.setattr(source, "open_dataset", no_data)
     run = Path(values["run"]["dir"]) / "unbroken"
     assert generate.main(["--run", str(run), "--prompt", "some words", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("some words")

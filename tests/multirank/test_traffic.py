@@ -54,6 +54,14 @@ def test_parameter_traffic_is_flat_in_depth_and_expert_traffic_is_the_routed_row
     assert_planned(values, by_rank)
 
 
+@pytest.mark.parametrize("expert_parallel_size", [1, 2])
+def test_muons_gathers_are_the_planned_ones(two_ranks: RankPool, expert_parallel_size: int) -> None:
+    values = values_of("loop", expert_parallel_size)
+    values["optim"]["kind"] = "muon"
+    by_rank = two_ranks.run(rank_jobs.traffic_by_depth, values=values, depths=DEPTHS[:1])
+    assert_planned(values, by_rank)
+
+
 def test_stock_zero_gathers_in_every_loop(two_ranks: RankPool) -> None:
     """Fact 3: what the leaf is for."""
     values = values_of("loop", 1)

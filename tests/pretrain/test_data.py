@@ -158,7 +158,7 @@ def test_each_data_set_of_a_mixture_is_held_out_once_and_knows_its_sources(
         {"path": str(dataset.folder), "name": "hard", "domains": ["c"]},
     ]
     section = DataSection.model_validate({"sources": sources, "sequence_length": 16})
-    main, second = held_out_sets(section, dataset, {other.folder: other})
+    main, second = held_out_sets(section, dataset, [other])
     assert main.dataset is dataset
     assert main.sources == {"easy": ("a", "b"), "hard": ("c",)}
     assert second.dataset is other

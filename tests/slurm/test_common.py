@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ if [[ $1 == launch/retry_budget.py && $2 == begin ]]; then
     [[ -z $BEGIN_STATUS ]] || exit "$BEGIN_STATUS"
     echo "begin $*" >> "$CALLS"; echo "$RUN"; exit
 fi
+if [[ $1 == launch/sweep.py ]]; then
+    echo "sweep $2 $3 $4" >> "$CALLS"
+    if [[ $3 == --cell ]]; then echo "$PLAN"; exit "${SWEEP_STATUS:-0}"; fi
+    exit
+fi
 if [[ $1 == launch/retry_budget.py ]]; then exec "$REAL_PYTHON" "$@"; fi
 trap 'echo "rank got USR1"; exit 75' USR1
 echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT, $GLOO_SOCKET_IFNAME: $*"
@@ -71,7 +77,16 @@ exec "$@"
 class Job:
     """A batch script started as Slurm would start it, with stand-ins on its PATH."""
 
-    def __init__(self, root: Path, folder: Path, statuses: str = "0 0", tenths: int = 0, **environment: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        folder: Path,
+        statuses: str = "0 0",
+        tenths: int = 0,
+        *,
+        command: Sequence[str] = ("ice_3b.sh", "--set", "run.name=a b"),
+        **environment: str,
+    ) -> None:
         stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "sinfo": FAKE_SINFO, "python": FAKE_PYTHON}
         for name, content in {**stand_ins, "contain": FAKE_CONTAINER}.items():
             (folder / name).write_text(content)
@@ -83,7 +98,7 @@ class Job:
         if not (self.run / "slurm" / "retries.json").exists():
             self.set_retries(step=-1, without_progress=0)
         self.process = subprocess.Popen(
-            ["bash", root / "slurm" / "ice_3b.sh", "--set", "run.name=a b"],
+            ["bash", root / "slurm" / command[0], *command[1:]],
             env={
                 "PATH": f"{folder}:{os.environ['PATH']}",
                 "REAL_PYTHON": sys.executable,
@@ -137,6 +152,43 @@ def test_ranks_find_each_other_and_arguments_arrive_whole(repository_root: Path,
     assert f"rank 1 of 2, local 1, node7:26321, ib0: {training}" in output
     assert "--mpi=none --label bash -c" in job.calls.read_text()
     assert "--job 54321 --tasks 2 --config configs/ice_3b.json --set run.name=a b" in job.calls.read_text()
+
+
+CELL = {"SLURM_ARRAY_JOB_ID": "54321", "SLURM_ARRAY_TASK_ID": "3", "PLAN": "runs/s/c/plan.json"}
+
+
+@pytest.mark.parametrize(("status", "requeued"), [("0", False), ("75", True), ("1", True), ("78", False)])
+def test_a_task_of_an_array_trains_its_cell_and_requeues_itself_alone(
+    repository_root: Path, tmp_path: Path, status: str, requeued: bool
+) -> None:
+    command = ("scaling.sh", "configs/s.json")
+    job = Job(repository_root, tmp_path, f"{status} {status}", command=command, **CELL)
+    ended, output = job.finish()
+    assert ended == int(status), output
+    calls = job.calls.read_text()
+    assert "sweep configs/s.json --cell 3" in calls
+    assert "begin --job 54321_3 --tasks 2 --config runs/s/c/plan.json" in " ".join(calls.split())
+    assert "pretrain/main.py --config runs/s/c/plan.json" in output
+    # 54321 alone would be every task of the array.
+    assert ("scontrol requeue 54321_3\n" in calls) == requeued
+    assert "scontrol requeue 54321\n" not in calls
+    assert ("sweep configs/s.json --collect" in calls) == (status == "0")
+
+
+def test_a_cell_that_needs_no_training_starts_no_rank(repository_root: Path, tmp_path: Path) -> None:
+    cases = {
+        "finished": ({**CELL, "PLAN": ""}, 0, "the cell is finished"),
+        "refused": ({**CELL, "SWEEP_STATUS": "78"}, 78, "the sweep was not accepted"),
+        "no array": ({"PLAN": "p"}, 78, "not a job array; python launch/sweep.py configs/s.json --executor slurm"),
+    }
+    for name, (environment, status, text) in cases.items():
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        job = Job(repository_root, folder, command=("scaling.sh", "configs/s.json"), **environment)
+        ended, output = job.finish()
+        assert ended == status, output
+        assert text in output
+        assert not job.started.exists()
 
 
 def test_a_requeued_job_meets_on_another_port(repository_root: Path, tmp_path: Path) -> None:
