@@ -74,7 +74,8 @@ class Verifier(nn.Module):
     def hope(self, refinement_BSD: torch.Tensor) -> torch.Tensor:
         """The logit of correctness (B, S); gradients reach the refinement alone."""
         weights = (self.input_weight, self.input_bias, self.output_weight, self.output_bias)
-        return self._logits(refinement_BSD, *(weight.detach() for weight in weights))[..., CORRECT]
+        # Copies: a view that the backward keeps would pin what ZeRO-3 gathered.
+        return self._logits(refinement_BSD, *(weight.detach().clone() for weight in weights))[..., CORRECT]
 
     def _logits(
         self, x_BSD: torch.Tensor, w_HD: torch.Tensor, b_H: torch.Tensor, w_2H: torch.Tensor, b_2: torch.Tensor

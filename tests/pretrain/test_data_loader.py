@@ -207,7 +207,7 @@ def test_the_trainer_hands_document_ids_to_the_engine_only_when_there_are_any(
     monkeypatch.setattr(pretrain.trainer, "training_objective", lambda *_: objective)
     config: Any = SimpleNamespace(
         loop=SimpleNamespace(grad_loops=None, cdl=None),
-        model=SimpleNamespace(slu=False, initial_state="zeros"),
+        model=SimpleNamespace(slu=False, core="ice", initial_state="zeros"),
         run=SimpleNamespace(seed=0),
     )
     sequences = TokenSequences(dataset, "train", 8, seed=0)

@@ -261,7 +261,7 @@ def test_a_rollback_loads_an_older_checkpoint_and_forgets_the_later_ones(tmp_pat
     ("changed", "told"),
     [
         ({"model": {"dim": 128}}, "belongs to another model: model.dim was 64, is 128"),
-        ({"model": {"dim": 64, "act": True}}, "model.act was None, is True"),
+        ({"model": {"dim": 64, "act": True}}, "model.act was False, is True"),
         ({"data": {"fingerprint": "b"}}, "data.fingerprint was 'a', is 'b'"),
         ({"topology": {"ranks": 2}}, "resume on the same topology"),
         ({"topology": {"ranks": 1, "zero_stage": 3, "dtype": "fp16"}}, "topology.dtype was None, is 'fp16'"),
@@ -276,6 +276,13 @@ def test_a_resume_with_another_identity_names_the_change(tmp_path: Path, changed
     part = next(iter(changed))
     if part != "topology":
         assert Run(tmp_path, other, allow_changed=(part,)).resumed is not None
+
+
+def test_a_checkpoint_of_before_a_field_existed_has_its_default(tmp_path: Path) -> None:
+    Run(tmp_path).save(1)
+    assert Run(tmp_path, replace(IDENTITY, model={"dim": 64, "core": "ice", "msrd_scales": [1]})).resumed is not None
+    with pytest.raises(BadInputError, match=r"model\.core was 'ice', is 'plain'"):
+        Run(tmp_path, replace(IDENTITY, model={"dim": 64, "core": "plain"}))
 
 
 def test_a_run_of_muon_resumes_on_the_same_ranks_only(tmp_path: Path) -> None:
