@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from model.apex_core import ApexCore
 from model.config import IceConfig
 from model.ice_core import IceCore
@@ -15,6 +13,6 @@ from model.refine_core import RefineCore
 CORES: dict[str, type[LoopedCore]] = {"ice": IceCore, "apex": ApexCore, "refine": RefineCore, "plain": PlainCore}
 
 
-def build_core(config: IceConfig) -> nn.Module:
+def build_core(config: IceConfig) -> LoopedCore | MultiScaleCore:
     """The core that ``config.core`` names; with several ``msrd_scales`` a core for each."""
     return CORES[config.core](config) if config.msrd_scales == (1,) else MultiScaleCore(config)
