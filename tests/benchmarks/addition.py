@@ -4,7 +4,7 @@
 
 Trains ``configs/tasks/addition_*.json`` one after the other through the real command, evaluates each at several depths
 by greedy decoding of held-out sums, and prints one table: what was solved by digits, the iterations by digits,
-minutes of training, parameters, training FLOPs. A run that is finished is not trained again; an interrupted one goes on.
+minutes of training, parameters, training FLOPs. A finished run is not trained again; an interrupted one goes on.
 """
 
 from __future__ import annotations
