@@ -95,7 +95,7 @@ class LoopedCore(nn.Module):
     """
 
     blocks: nn.ModuleList
-    initial_state: nn.Parameter  # with config.initial_state = learned
+    initial_state: nn.Parameter  # (D,), with ``initial_state = "learned"``
 
     def __init__(self, config: IceConfig, part: str = "core", expert_load: ExpertLoad | None = None) -> None:
         super().__init__()

@@ -75,8 +75,8 @@ def dry_run(config: TrainingConfig, source: Path, ranks: int | None) -> int:
         print_plan(_plan(config, world_size, precision), console)
     else:
         count = count_parameters(config.model, config.mean_loops)
-        sizes = f"total {count.total:,}, active a token {count.active:,}, executed {count.executed:,} over its loops"
-        console.print(f"parameters: {sizes}; memory and time are planned for model.core = ice only", highlight=False)
+        counts = f"total {count.total:,}, active a token {count.active:,}, executed {count.executed:,} over its loops"
+        console.print(f"parameters: {counts}; memory and time are planned for model.core = ice only", highlight=False)
     console.print("DeepSpeed configuration", highlight=False)
     console.print_json(json.dumps(deepspeed_config(config, world_size, precision)))
     return EXIT_FINISHED

@@ -3,7 +3,7 @@
     python tests/benchmarks/addition.py [--steps N] [--ranks 2] [--only addition_rrslm]
 
 Trains ``configs/tasks/addition_*.json`` one after the other through the real command, evaluates each at several depths
-by greedy decoding of held-out sums, and prints one table: what was solved by digits, the iterations used by digits,
+by greedy decoding of held-out sums, and prints one table: what was solved by digits, the iterations by digits,
 minutes of training, parameters, training FLOPs. A finished run is not trained again; an interrupted one goes on.
 """
 

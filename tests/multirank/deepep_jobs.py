@@ -19,14 +19,18 @@ def train_by_deepep(values: dict[str, Any], steps: list[Step], routing: str) -> 
     from pretrain import deepep_transport
 
     fake_deep_ep.calls.clear()
-    with (
-        mock.patch.dict(sys.modules, deep_ep=fake_deep_ep.module()),
-        mock.patch.object(auto_ep_comm, "SUPPORTED_DTYPES", (torch.float32,)),
-        mock.patch.object(deepep_transport, "_DEVICES", ("cpu",)),
-    ):
-        engine = start_engine(values, routing)
-        assert engine.stock_expert_layer is None
-        assert any("DeepEP" in line for line in engine.kernels)
-        trace = train_on(engine, steps, gradients=True)
-        end_engine(engine)
+    # Not mock.patch.dict, which would also forget every module that is imported meanwhile.
+    sys.modules["deep_ep"] = fake_deep_ep.module()
+    try:
+        with (
+            mock.patch.object(auto_ep_comm, "SUPPORTED_DTYPES", (torch.float32,)),
+            mock.patch.object(deepep_transport, "_DEVICES", ("cpu",)),
+        ):
+            engine = start_engine(values, routing)
+            assert engine.stock_expert_layer is None
+            assert any("DeepEP" in line for line in engine.kernels)
+            trace = train_on(engine, steps, gradients=True)
+            end_engine(engine)
+    finally:
+        del sys.modules["deep_ep"]
     return trace, dict(fake_deep_ep.calls)
