@@ -545,6 +545,10 @@ class TrainingConfig(Section):
         experts, size = self.model.n_experts, self.parallel.expert_parallel_size
         if experts == 0 and size > 1:
             raise SettingError("parallel.expert_parallel_size", size, "model.n_experts = 0 leaves nothing to spread")
+        if self.model.n_experts and self.parallel.offload_optimizer == "nvme":
+            raise SettingError(
+                "parallel.offload_optimizer", "nvme", "the engine trains experts so and cannot save them; set it to cpu"
+            )
         if experts and experts % size:
             divisors = [n for n in range(1, experts + 1) if experts % n == 0]
             raise SettingError(

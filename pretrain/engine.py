@@ -52,6 +52,7 @@ from model.init import decays, experts_without_memory
 from model.loop import LoopedCore
 from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
+from pretrain.checkpoint.unpickling import load_data
 from pretrain.config import OptimSection, TrainingConfig
 from pretrain.host_memory import keep_freed_memory
 from pretrain.universal_format import mended
@@ -256,6 +257,21 @@ def _state_capture(folder: Path, copy: Callable[[Any], Any] | None) -> Any:
             return copy is None
 
     return StateCapture()
+
+
+def _mapped_reader() -> Any:
+    """A checkpoint engine for DeepSpeed whose files are mapped, not read into memory.
+
+    A rank that resumes has its own state already; reading the file whole would hold another. Tensors come from the page
+    cache as they are copied, and what the optimizer takes over as it is becomes the rank's own at its first update.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class MappedReader(TorchCheckpointEngine):  # type: ignore[misc]
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return load_data(Path(path), mapped=True)
+
+    return MappedReader()
 
 
 def _forget_empty_step(optimizer: Any) -> None:
@@ -481,7 +497,11 @@ class TrainingEngine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Read from ``folder/tag`` what ``snapshot`` gave, on the same topology."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        stock, self._engine.checkpoint_engine = self._engine.checkpoint_engine, _mapped_reader()
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        finally:
+            self._engine.checkpoint_engine = stock
         if path is None:
             raise RuntimeError(f"{folder / tag}: the engine found no checkpoint there")
 

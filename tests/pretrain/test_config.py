@@ -84,6 +84,7 @@ def test_a_mistake_is_named(override: str, told: str | None) -> None:
         ["parallel.zero_stage=1", "parallel.offload_parameters=cpu"],
         ["parallel.zero_stage=0", "parallel.offload_optimizer=cpu"],
         ["parallel.offload_optimizer=nvme"],
+        ["parallel.offload_optimizer=nvme", "parallel.nvme_path=/scratch"],
         ["model.n_experts=0"],
     ],
 )
