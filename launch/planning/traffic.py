@@ -120,7 +120,6 @@ def _orthogonalised(run: PlannedRun) -> list[Transfer]:
     return [
         _ring(run, "Muon gather", owners, float(count * run.dtype_bytes))
         for owners, count in sorted(gathered_elements(run).items())
-        if owners > 1
     ]
 
 
