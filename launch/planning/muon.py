@@ -133,7 +133,7 @@ def flops_in_turn(run: PlannedRun) -> float:
 
 
 def gathered_elements(run: PlannedRun) -> dict[int, int]:
-    """Numbers of all gathers of a step, by how many ranks take part; a lone one gathers nothing, but is handed its own."""
+    """Numbers of all gathers of a step, by how many ranks take part; a lone one only hands out to itself."""
     totals: dict[int, int] = {}
     for chunk in chunks_of(run):
         handed = sum(chunk.owners * max(stack.elements for stack in rounds) for rounds in chunk.rounds())
