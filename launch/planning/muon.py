@@ -4,7 +4,8 @@ DeepSpeed takes the hidden matrices of a sub-group in chunks of at most ``reduce
 least), gathers a chunk's gradients and momenta whole on every rank, and lets the ranks that share them orthogonalise
 one matrix each, in rounds of as many matrices as there are ranks (``_muon_update_sub_group`` in
 ``deepspeed/runtime/zero/stage3.py``). A round lasts as long as its largest matrix, and then hands every rank's result
-to all: twice (ranks x the largest matrix), which is what a large cluster has no memory for.
+to all: twice (ranks x the largest matrix), which is what a large cluster has no memory for. Matrices come sorted by
+shape, the largest first, or in the model's order where ``zero.Init`` has hidden their shapes from the optimizer.
 
 A rank's experts of a layer are three stacks (gate, up, down), and a stack is one matrix here: one rank of those that
 share it orthogonalises all its experts. Newton-Schulz on an n x m matrix, n < m, in its gram form: 8 n^2 m + 28 n^3
@@ -83,12 +84,14 @@ def hidden(weight: Weight) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def chunks(config: IceConfig, placement: Placement, bucket: int) -> tuple[Chunk, ...]:
+def chunks(config: IceConfig, placement: Placement, bucket: int, by_shape: bool) -> tuple[Chunk, ...]:
     """The chunks of a step, shared matrices and experts apart, as no process group holds both."""
     found: list[Chunk] = []
     everything = [weight for weight in model_weights(config).weights() if hidden(weight)]
     for expert in (False, True):
         stacks = [stack for weight in everything if weight.expert == expert for stack in _stacks(weight, placement)]
+        if by_shape:
+            stacks.sort(key=lambda stack: (stack.count, stack.rows, stack.columns), reverse=True)
         owners = placement.ranks // (placement.expert_parallel_size if expert else 1)
         pending: list[Stack] = []
         for stack in stacks:
@@ -114,7 +117,9 @@ def _stacks(weight: Weight, placement: Placement) -> Iterator[Stack]:
 
 def chunks_of(run: PlannedRun) -> tuple[Chunk, ...]:
     """Those of ``run``; none without Muon."""
-    return chunks(run.model, run.placement, run.engine.reduce_bucket_size) if run.muon else ()
+    if not run.muon:
+        return ()
+    return chunks(run.model, run.placement, run.engine.reduce_bucket_size, by_shape=not run.zero_init)
 
 
 def shard_elements(run: PlannedRun) -> int:
@@ -128,11 +133,12 @@ def flops_in_turn(run: PlannedRun) -> float:
 
 
 def gathered_elements(run: PlannedRun) -> dict[int, int]:
-    """Numbers of all gathers of a step, by how many ranks take part."""
+    """Numbers of all gathers of a step, by how many ranks take part; a lone one only hands out to itself."""
     totals: dict[int, int] = {}
     for chunk in chunks_of(run):
         handed = sum(chunk.owners * max(stack.elements for stack in rounds) for rounds in chunk.rounds())
-        totals[chunk.owners] = totals.get(chunk.owners, 0) + 2 * chunk.gathered + 2 * handed
+        gathered = chunk.gathered if chunk.owners > 1 else 0
+        totals[chunk.owners] = totals.get(chunk.owners, 0) + 2 * gathered + 2 * handed
     return totals
 
 
@@ -146,7 +152,7 @@ def passing_bytes(run: PlannedRun) -> float:
     for chunk in chunks_of(run):
         held = 2 * chunk.gathered
         largest = max(stack.elements for stack in chunk.stacks)
-        handed = 2 * largest * (chunk.owners + 1) if chunk.owners > 1 else 0
+        handed = 2 * largest * (chunk.owners + (chunk.owners > 1))
         iterating = max(2 * s.elements + 4 * s.count * min(s.rows, s.columns) ** 2 for s in chunk.stacks)
         most = max(most, held + max(chunk.gathered, handed, iterating))
     return run.dtype_bytes * most

@@ -112,7 +112,8 @@ def _gradients(run: PlannedRun) -> list[Transfer]:
     return [
         _ring(run, kind, owners, count * run.dtype_bytes * times)
         for owners, count in sorted(_by_owners(run).items())
-        if owners > 1 or run.zero_stage != 3  # pretrain/lean_zero.py: nothing is reduced over one rank
+        # pretrain/lean_zero.py: nothing is reduce-scattered over one rank
+        if owners > 1 or run.zero_stage != 3 or run.muon
     ]
 
 
@@ -120,7 +121,6 @@ def _orthogonalised(run: PlannedRun) -> list[Transfer]:
     return [
         _ring(run, "Muon gather", owners, float(count * run.dtype_bytes))
         for owners, count in sorted(gathered_elements(run).items())
-        if owners > 1
     ]
 
 

@@ -55,9 +55,10 @@ def test_muons_matrices_are_the_optimizers(changes: dict[str, object]) -> None:
     assert {weight.name for weight in model_weights(config).weights() if hidden(weight)} == expected
 
 
-def test_chunks_hold_every_matrix_once_and_no_more_than_a_bucket() -> None:
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_chunks_hold_every_matrix_once_and_no_more_than_a_bucket(by_shape: bool) -> None:
     config, placement, bucket = ICE_50B.model, Placement(128, 8), 500_000_000
-    found = chunks(config, placement, bucket)
+    found = chunks(config, placement, bucket, by_shape)
     assert sum(chunk.elements for chunk in found) == sum(
         placement.local_elements(weight) for weight in model_weights(config).weights() if hidden(weight)
     )
