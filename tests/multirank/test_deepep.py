@@ -35,7 +35,9 @@ def test_deepep_trains_as_one_process_and_recomputes_on_the_layout_of_the_first_
     two_ranks: RankPool, routing: str, remat: str, replayed: set[int]
 ) -> None:
     values = settings(routing, parallel={"expert_parallel_size": 2, "comm_backend": "deepep"}, loop={"remat": remat})
-    answers = two_ranks.run(deepep_jobs.train_by_deepep, values=values, steps=STEPS, routing=routing)
+    answers = two_ranks.run(
+        deepep_jobs.train_by_deepep, timeout_seconds=300, values=values, steps=STEPS, routing=routing
+    )
     trace, calls = answers[0]
     assert_same_training(trace, reference(settings(routing), STEPS, routing))
     assert answers[1][1] == calls, "every rank asks for the same"
