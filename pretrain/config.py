@@ -532,6 +532,12 @@ class TrainingConfig(Section):
                 self.data.sequence_length,
                 f"exceeds model.max_seq_len = {self.model.max_seq_len}",
             )
+        if self.model.core == "plain" and self.loop.grad_loops is not None:
+            raise SettingError(
+                "loop.grad_loops",
+                self.loop.grad_loops,
+                "model.core = plain reads its input before the first loop only: prelude and embedding would not learn",
+            )
         if self._compares_depths and self.shallowest_step < 2:
             idea = "model.slu" if self.model.slu else "loop.cdl" if self.loop.cdl is not None else "model.core = apex"
             raise SettingError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,11 @@ def settings_of(family: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_on_ranks_as_in_one_process(two_ranks: RankPool, family: str) -> None:
-    values = settings_of(family)
-    trace = two_ranks.run(rank_jobs.train, values=values, steps=STEPS[:3])[0]
-    expected = reference(values, STEPS[:3])
+    values, steps = settings_of(family), STEPS[:3]
+    if family == "plain":  # whose input is read before the first loop only
+        steps = [replace(step, grad_loops=None) for step in steps]
+    trace = two_ranks.run(rank_jobs.train, values=values, steps=steps)[0]
+    expected = reference(values, steps)
     assert_same_training(trace, expected, whole_logits=False)
     for name in expected.gradients[0]:
         assert any((gradients[name] != 0).any() for gradients in expected.gradients), f"{name} learns nothing"

@@ -249,6 +249,14 @@ def test_rows_too_short_for_a_problem_and_a_vocabulary_too_small_are_refused() -
         open_sampler(section, 0, 12, open_main(section))
 
 
+def test_a_plain_core_refuses_truncation_that_would_cut_off_its_input(repository_root: Path) -> None:
+    path = repository_root / "configs" / "tasks" / "addition_plain_flops.json"
+    values = json.loads(path.read_text())
+    values["loop"]["grad_loops"] = 1
+    with pytest.raises(BadInputError, match=r"loop\.grad_loops = 1: .*prelude and embedding would not learn"):
+        parse_settings(TrainingConfig, values, path.name)
+
+
 @pytest.mark.parametrize("name", ["addition_rrslm", "addition_plain_parameters", "addition_plain_flops"])
 def test_the_addition_configurations_are_valid_and_comparable(repository_root: Path, name: str) -> None:
     from model.parameters import count_parameters, training_flops_per_token
