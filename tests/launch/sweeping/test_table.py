@@ -35,7 +35,8 @@ def test_on_a_terminal_the_table_follows_the_cells(
     stand_in(d24_s0=["crash"])
     sweep, folders = load_sweep(write_sweep())
     console = Console(file=io.StringIO(), width=160, height=40, force_terminal=True, record=True)
-    assert run_local(sweep, folders, console) == 0
+    with sweep_lock(sweep.path):
+        assert run_local(sweep, folders, console) == 0
     text = console.export_text()
     assert "d24-s0: ended with status 1, tried again" in text
     assert "finished (2)" in text
