@@ -36,9 +36,8 @@ def assert_close(
     assert error <= tolerance * max(floor, expected.abs().max().item()), f"{what}: off by {error:.2e}"
 
 
-def assert_same_training(
-    got: Trace, expected: Trace, whole_logits: bool = True, gradient_tolerance: float = TOLERANCE
-) -> None:
+def assert_same_training(got: Trace, expected: Trace, whole_logits: bool = True, tolerance: float = TOLERANCE) -> None:
+    """``tolerance`` is that of gradients and weights."""
     assert got.losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert got.norms == pytest.approx(expected.norms, rel=TOLERANCE)
     for step, (load, expected_load) in enumerate(zip(got.loads, expected.loads, strict=True)):
@@ -51,11 +50,13 @@ def assert_same_training(
         assert gradients.keys() == expected_gradients.keys()
         for name, gradient in gradients.items():
             what = f"gradient of {name} in step {step}"
-            assert_close(gradient, expected_gradients[name], what, tolerance=gradient_tolerance)
+            assert_close(gradient, expected_gradients[name], what, tolerance=tolerance)
     assert got.weights.keys() == expected.weights.keys()
     for name, weight in got.weights.items():
         # One step moves a weight by about the learning rate, 0.01.
-        assert_close(weight, expected.weights[name], f"{name} after {expected.weight_steps} clipped steps", floor=0.01)
+        assert_close(
+            weight, expected.weights[name], f"{name} after {expected.weight_steps} clipped steps", 0.01, tolerance
+        )
 
 
 def assert_bitwise_equal(got: Trace, expected: Trace) -> None:

@@ -60,7 +60,7 @@ IDEAS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # Norms around each sublayer magnify rounding: the one-process reference itself, with its batch cut into single
 # documents, differs by 1.7e-5 in the second step and 7.2e-5 in the third.
-GRADIENT_TOLERANCES = {"sandwich_norm_and_qk_norm": 1e-4}
+TOLERANCES = {"sandwich_norm_and_qk_norm": 1e-4}
 STEPS = [Step(3, shallow=2), Step(5, grad_loops=2, shallow=3), Step(2, shallow=1)]
 
 
@@ -73,7 +73,7 @@ def test_every_idea_trains_on_ranks_as_in_one_process(two_ranks: RankPool, idea:
     values = settings(**sections)
     trace = two_ranks.run(rank_jobs.train, values=values, steps=STEPS)[0]
     expected = reference(values, STEPS)
-    assert_same_training(trace, expected, whole_logits=False, gradient_tolerance=GRADIENT_TOLERANCES.get(idea, 1e-5))
+    assert_same_training(trace, expected, whole_logits=False, tolerance=TOLERANCES.get(idea, 1e-5))
     for name in expected.gradients[0]:
         assert any((gradients[name] != 0).any() for gradients in expected.gradients), f"{name} learns nothing"
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from launch.sweep import load_sweep, run_local
 from launch.sweeping.local import CellRun
+from launch.sweeping.lock import sweep_lock
 from launch.sweeping.table import SweepTable, readable
 
 WriteSweep = Callable[..., Path]
