@@ -326,6 +326,9 @@ class PrecisionSection(Section):
     fp8_exclude: tuple[Fp8Part, ...] = Field((), description="parts whose products stay in dtype under an FP8 recipe")
 
 
+DEFAULT_SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's
+
+
 class ParallelSection(Section):
     """How the engine spreads the run over its ranks."""
 
@@ -352,6 +355,12 @@ class ParallelSection(Section):
     )
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
+    )
+    reduce_bucket_size: int = Field(
+        500_000_000, ge=1, description="gradients collected before they are reduced, in elements: a buffer of this size"
+    )
+    sub_group_size: int = Field(
+        DEFAULT_SUB_GROUP_SIZE, ge=1, description="elements of a rank that the ZeRO-3 optimizer steps at once, in fp32"
     )
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"

@@ -110,6 +110,8 @@ def _zero_section(config: TrainingConfig) -> dict[str, Any]:
     section: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "contiguous_gradients": True,
+        "reduce_bucket_size": parallel.reduce_bucket_size,
+        "sub_group_size": parallel.sub_group_size,
         "overlap_comm": torch.cuda.is_available(),
     }
     if config.optim.kind == "muon":
