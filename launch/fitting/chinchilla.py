@@ -2,9 +2,10 @@ r"""Loss from parameters and tokens: ``L(N, D) = E + A N^-alpha + B D^-beta``.
 
 Hoffmann et al. 2022, *Training Compute-Optimal Large Language Models*, section 3.3. N counts every parameter once,
 however often it loops: over runs of several depths this law says what is lost by not looking at depth. With training
-FLOPs of ``6 N D`` the best split of a budget C is ``N ~ C^a``, ``D ~ C^b``, ``a = beta / (alpha + beta)``, ``b = 1 - a``.
+FLOPs of ``6 N D`` the best split of a budget C is ``N ~ C^a``, ``D ~ C^b`` with ``a = beta / (alpha + beta)`` and
+``b = 1 - a``.
 
-Coordinates: ``e = log E``, ``log A N0^-alpha``, alpha, ``log B D0^-beta``, beta, with N0 and D0 in the middle of the data.
+Coordinates: ``log E``, ``log A N0^-alpha``, alpha, ``log B D0^-beta``, beta, with N0 and D0 in the middle of the data.
 """
 
 from __future__ import annotations

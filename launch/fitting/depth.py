@@ -46,7 +46,8 @@ class Saturating(Law[Floats]):
 
     def log_loss(self, x_P: Floats, points: Floats) -> Floats:
         """Log of the predicted losses."""
-        return np.logaddexp(x_P[0], x_P[1] - math.exp(x_P[2]) * (points - self._T0))
+        log_loss: Floats = np.logaddexp(x_P[0], x_P[1] - math.exp(x_P[2]) * (points - self._T0))
+        return log_loss
 
     def gradient(self, x_P: Floats, points: Floats) -> tuple[Floats, Floats]:
         """The same, and its derivatives."""

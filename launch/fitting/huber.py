@@ -3,8 +3,8 @@ r"""How a law is fitted: least Huber loss of log losses, from many starts, to co
     minimise over x:   sum_i w_i huber_delta(log L_x(point_i) - log L_i)
 
 Hoffmann et al. 2022 (*Training Compute-Optimal Large Language Models*, approach 3, equation 3): the log makes errors
-relative, and beyond ``delta`` = 1e-3 an error counts linearly, so that a diverged run does not decide. The sum of powers
-is a log-sum-exp, which neither overflows nor needs positive coefficients.
+relative, and beyond ``delta`` = 1e-3 an error counts linearly, so that a diverged run does not decide. The logs of
+coefficients are fitted, which keeps them positive.
 
 Besiroglu et al. 2024 (*Chinchilla Scaling: A replication attempt*): that paper's optimizer stopped early, because its
 objective was a mean, and so small that every step looked like the last. Here the objective is a sum in units of
@@ -26,6 +26,7 @@ from launch.fitting.runs import Floats
 
 DELTA = 1e-3  # of log losses: errors beyond 0.1% count linearly
 STARTS = 24  # of the grid, the best ones, that are followed to their ends
+RESTARTED = 2  # the same, where the solution to much the same problem is known
 BALANCED = 1e-3  # the pulls of the points on a coefficient cancel to this share of their sizes
 _AT_BOUND = 1e-6
 _RESTARTS = 8
@@ -89,6 +90,10 @@ class Problem(Generic[PointsT]):
             chosen.insert(0, near_P)
         ends = [self._descend(x_P, log_loss_N, weights_N) for x_P in chosen]
         return min(ends, key=lambda end: end.objective)
+
+    def resolve(self, log_loss_N: Floats, weights_N: Floats, known: Fit) -> Fit:
+        """``solve`` for losses or weights close to those of which ``known`` is the solution: fewer starts do."""
+        return self.solve(log_loss_N, weights_N, RESTARTED, known.x_P)
 
     def _costs(self, errors: Floats) -> Floats:
         size = np.abs(errors) / self._delta

@@ -91,18 +91,19 @@ def _fit_level(
     parameters, loss, tokens = runs.points.unique[places], runs.loss[places], runs.points.tokens[places]
     centre = float(np.exp(np.log(parameters).mean()))
     log_N = np.log(parameters / centre)
-    terms = np.polynomial.polynomial.polyfit(log_N, loss, 2)
+    terms = _parabola(log_N, loss)
     best = _minimum(terms)
     inside = best is not None and bool(log_N.min() < best < log_N.max())
     samples: list[float] = []
     if inside and len(places) > LEAST_SIZES:
-        for _ in range(resamples):
-            weights = draw_runs(
-                len(places),
-                lambda drawn: None if distinct(parameters[drawn]) >= LEAST_SIZES else "fewer than three sizes",
-                generator,
-            )
-            lowest = _minimum(np.polynomial.polynomial.polyfit(log_N, loss, 2, w=np.sqrt(weights)))
+        draws = draw_runs(
+            len(places),
+            resamples,
+            lambda drawn: None if distinct(parameters[drawn]) >= LEAST_SIZES else "fewer than three sizes",
+            generator,
+        )
+        for weights in [] if isinstance(draws, str) else draws:
+            lowest = _minimum(_parabola(log_N, loss, weights))
             samples.append(np.nan if lowest is None else centre * float(np.exp(np.clip(lowest, -20, 20))))
     found = [value for value in samples if np.isfinite(value)]
     best_tokens = best_loss = None
@@ -123,6 +124,12 @@ def _fit_level(
         interval=interval_of(found, level),
     )
     return parabola, samples
+
+
+def _parabola(log_N: Floats, loss: Floats, weights: Floats | None = None) -> Floats:
+    """``c0, c1, c2`` of least squares."""
+    spread = None if weights is None else np.sqrt(weights)
+    return np.asarray(np.polynomial.polynomial.polyfit(log_N, loss, 2, w=spread), dtype=np.float64)
 
 
 def _minimum(terms: Floats) -> float | None:

@@ -1,9 +1,9 @@
 r"""Loss with loops: ``L(N, D, T) = E + A (N_once + T^phi N_rec)^-alpha + B D^-beta``.
 
-Schwethelm et al. 2026, *How Much Is One Recurrence Worth? Iso-Depth Scaling Laws for Looped Language Models*. A core of
-``N_rec`` parameters that loops T times is worth ``T^phi N_rec`` parameters: phi = 1 would be as good as T layers of their
-own, phi = 0 no better than one pass. The training FLOPs of a loop are those of a layer of its own, whatever phi is; so
-phi < 1 says that at equal FLOPs a wider model wins, and phi > 0 that at equal parameters a deeper one does.
+Schwethelm et al. 2026, *How Much Is One Recurrence Worth? Iso-Depth Scaling Laws for Looped Language Models*. A core
+of ``N_rec`` parameters that loops T times is worth ``T^phi N_rec`` parameters: phi = 1 would be as good as T cores of
+their own, phi = 0 no better than one pass. A loop costs the training FLOPs of a core of its own, whatever phi is; so
+phi < 1 says that at equal FLOPs more parameters win, and phi > 0 that at equal parameters more loops do.
 
 Coordinates: Chinchilla's, and phi. With several MSRD scales T is the loops of the finest.
 """
@@ -36,7 +36,8 @@ class Looped(Chinchilla):
 
     def log_parameters(self, x_P: Floats, points: Points) -> Floats:
         """Log of the effective parameters."""
-        return np.log(points.once + points.loops ** x_P[5] * points.recurrent)
+        effective: Floats = points.once + points.loops ** x_P[5] * points.recurrent
+        return np.log(effective)
 
     def gradient(self, x_P: Floats, points: Points) -> tuple[Floats, Floats]:
         """Log of the predicted losses, and its derivatives."""

@@ -14,7 +14,7 @@ or beyond the sizes that were measured, says so: the law is extrapolated there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -99,16 +99,18 @@ def family_of(runs: Runs) -> Family | str:
     looped = None if len(depths) == 1 else _fit_power(log_N, columns[:, 4])
     tokens = runs.points.tokens
     bare = Family(
-        *powers,
-        looped,
-        tuple(range(depths[0], depths[-1] + 1)),
+        once=powers[0],
+        recurrent=powers[1],
+        fixed_flops=powers[2],
+        loop_flops=looped,
+        depths=tuple(range(depths[0], depths[-1] + 1)),
         sizes=(float(runs.points.unique.min()), float(runs.points.unique.max())),
         tokens=(float(tokens.min()), float(tokens.max())),
         flops=float(runs.flops.max()),
         misfit=0.0,
     )
     off = bare.token_flops(runs.points.unique, runs.executed_loops) / token_flops - 1
-    return Family(**{**vars(bare), "misfit": float(np.abs(off).max())})
+    return replace(bare, misfit=float(np.abs(off).max()))
 
 
 def best_run(
