@@ -52,6 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, action="append", default=[], metavar="FLOPS", help="for the best run; may be repeated"
     )
+    parser.add_argument("--most-parameters", type=float, metavar="N", help="a limit for the best run, as for memory")
     parser.add_argument("--resamples", type=int, default=Settings.resamples, metavar="N", help="of the bootstrap")
     parser.add_argument("--level", type=float, default=Settings.level, help="of the intervals; default 0.95")
     parser.add_argument("--huber-delta", type=float, default=DELTA, help="log error from which it counts linearly")
@@ -98,12 +99,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def checked_settings(options: argparse.Namespace) -> Settings:
     """The settings of the study; ``BadInputError`` for what argparse lets through."""
+    limits = [] if options.most_parameters is None else [options.most_parameters]
     for name, value, accepted, good in (
         ("resamples", options.resamples, "0 or more", options.resamples >= 0),
         ("level", options.level, "between 0 and 1", 0 < options.level < 1),
-        ("huber-delta", options.huber_delta, "above 0, and finite", 0 < options.huber_delta < math.inf),
+        ("huber-delta", options.huber_delta, "above 0, and finite", _is_amount(options.huber_delta)),
         ("seed", options.seed, "0 or more", options.seed >= 0),
-        *(("budget", budget, "above 0, and finite", 0 < budget < math.inf) for budget in options.budget),
+        *(("most-parameters", limit, "above 0, and finite", _is_amount(limit)) for limit in limits),
+        *(("budget", budget, "above 0, and finite", _is_amount(budget)) for budget in options.budget),
     ):
         if not good:
             raise BadInputError(f"--{name} {value:g}: must be {accepted}")
@@ -111,12 +114,17 @@ def checked_settings(options: argparse.Namespace) -> Settings:
         unit=options.loss,
         counted=options.parameters,
         budgets=tuple(options.budget),
+        most_parameters=options.most_parameters,
         resamples=options.resamples,
         level=options.level,
         delta=options.huber_delta,
         seed=options.seed,
     )
     return settings if options.laws is None else replace(settings, required=options.laws, optional=())
+
+
+def _is_amount(value: float) -> bool:
+    return 0 < value < math.inf
 
 
 def _parts(text: str) -> tuple[Part, ...]:

@@ -75,6 +75,6 @@ def residual_resamples(
     errors_N = (log_loss_N - predicted_N) * np.sqrt(points / (points - coefficients))
     weights_N = np.ones(points)
     return [
-        problem.resolve(predicted_N + generator.choice(errors_N, size=points), weights_N, best)
+        problem.resolve(predicted_N + generator.choice(errors_N, size=points), weights_N, best, starts=0)
         for _ in range(resamples)
     ]

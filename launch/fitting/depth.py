@@ -27,6 +27,7 @@ from launch.fitting.huber import Law, Problem
 from launch.fitting.runs import Floats, LossUnit, ResultRow
 
 LEAST_DEPTHS = 4  # three coefficients, and a point that could contradict them
+DELTA = 1e-2  # of Huber's loss: of so few points, all much alike, none is an outlier
 NEAR = 0.001  # what counts as having arrived, relative to L_inf
 _SAME_TOKENS = 0.02
 
@@ -42,7 +43,12 @@ class Saturating(Law[Floats]):
         self._least, self._most = float(loss_N.min()), float(loss_N.max())
         self._T0 = float(loops_N.min())
         least, most = math.log(self._least), math.log(self._most)
-        self.bounds = ((least - 7, least), (most - 14, most + 1), (math.log(1e-3), math.log(10.0)))
+        # A little noise at great depth must not stop L_inf at the least loss that was measured.
+        self.bounds = (
+            (least - 7, least + 0.5 * (most - least)),
+            (most - 14, most + 1),
+            (math.log(1e-3), math.log(10.0)),
+        )
 
     def log_loss(self, x_P: Floats, points: Floats) -> Floats:
         """Log of the predicted losses."""
@@ -108,7 +114,7 @@ class DepthFit:
 def depth_series(rows: Sequence[ResultRow], unit: LossUnit) -> list[DepthSeries]:
     """Every series of ``rows`` with enough depths, those of single models first."""
     found = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.mean_loops, row.cell)):
         by_loops = row.losses_by_loops(unit)
         if len(by_loops) >= LEAST_DEPTHS:
             found.append(DepthSeries(row.cell, "test", row.mean_loops, tuple(by_loops), tuple(by_loops.values())))
@@ -129,7 +135,7 @@ def fit_depth(series: DepthSeries, resamples: int, level: float, generator: np.r
     """The law of ``series``; its intervals from resampled errors, since four depths cannot be drawn from."""
     loops_N, loss_N = np.array(series.loops, dtype=np.float64), np.array(series.loss)
     law = Saturating(loops_N, loss_N)
-    problem, weights_N = Problem(law, loops_N), np.ones_like(loops_N)
+    problem, weights_N = Problem(law, loops_N, DELTA), np.ones_like(loops_N)
     best = problem.solve(np.log(loss_N), weights_N)
     predicted_N = law.log_loss(best.x_P, loops_N)
     coefficients = law.coefficients(best.x_P)

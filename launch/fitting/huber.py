@@ -91,9 +91,9 @@ class Problem(Generic[PointsT]):
         ends = [self._descend(x_P, log_loss_N, weights_N) for x_P in chosen]
         return min(ends, key=lambda end: end.objective)
 
-    def resolve(self, log_loss_N: Floats, weights_N: Floats, known: Fit) -> Fit:
+    def resolve(self, log_loss_N: Floats, weights_N: Floats, known: Fit, starts: int = RESTARTED) -> Fit:
         """``solve`` for losses or weights close to those of which ``known`` is the solution: fewer starts do."""
-        return self.solve(log_loss_N, weights_N, RESTARTED, known.x_P)
+        return self.solve(log_loss_N, weights_N, starts, known.x_P)
 
     def _costs(self, errors: Floats) -> Floats:
         size = np.abs(errors) / self._delta

@@ -35,7 +35,8 @@ class Family:
     recurrent: tuple[float, float]
     fixed_flops: tuple[float, float]  # a token, outside the loops; all of them when there is one depth only
     loop_flops: tuple[float, float] | None  # a token and loop
-    depths: tuple[int, ...]
+    depths: tuple[int, ...]  # every one from the least to the most trained
+    trained_depths: tuple[int, ...]
     sizes: tuple[float, float]  # the least and the most parameters measured
     tokens: tuple[float, float]
     flops: float  # of the largest run
@@ -56,8 +57,18 @@ class Family:
 
 
 @dataclass(frozen=True)
+class AtDepth:
+    """The best run of one depth at a budget."""
+
+    loops: int
+    parameters: float
+    tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Optimum:
-    """The best run at ``budget``; ``edges`` names what it would leave behind to be better still."""
+    """The best run at ``budget``, and the best of each trained depth; ``edges`` says where the search ended."""
 
     budget: float
     parameters: float
@@ -65,6 +76,7 @@ class Optimum:
     tokens: float
     loss: float
     intervals: dict[str, Interval | None]  # of parameters, loops, tokens, loss
+    at_depths: tuple[AtDepth, ...]
     edges: tuple[str, ...]
 
     @property
@@ -104,6 +116,7 @@ def family_of(runs: Runs) -> Family | str:
         fixed_flops=powers[2],
         loop_flops=looped,
         depths=tuple(range(depths[0], depths[-1] + 1)),
+        trained_depths=tuple(depths),
         sizes=(float(runs.points.unique.min()), float(runs.points.unique.max())),
         tokens=(float(tokens.min()), float(tokens.max())),
         flops=float(runs.flops.max()),
@@ -114,42 +127,63 @@ def family_of(runs: Runs) -> Family | str:
 
 
 def best_run(
-    law: Chinchilla, x_P: Floats, resampled: Sequence[Floats], family: Family, budget: float, level: float
+    law: Chinchilla,
+    x_P: Floats,
+    resampled: Sequence[Floats],
+    family: Family,
+    budget: float,
+    level: float,
+    most_parameters: float | None = None,
 ) -> Optimum:
-    """The optimum of ``law`` at ``x_P``; intervals from its other fits, ``resampled``."""
+    """The optimum of ``law`` at ``x_P``, at ``most_parameters`` at most; intervals from its other fits, ``resampled``.
+
+    Without that limit, and with phi < 1, the best depth is the least: the loops' FLOPs are better spent on parameters.
+    """
     reach = _BEYOND * max(1.0, budget / family.flops)
-    parameters = np.geomspace(family.sizes[0] / reach, family.sizes[1] * reach, _GRID)
-    # A law without loops sees no use in depth, and would always take the least.
+    upper = family.sizes[1] * reach if most_parameters is None else most_parameters
+    parameters = np.geomspace(min(family.sizes[0] / reach, upper / reach), upper, _GRID)
     depths = np.array(family.depths, dtype=np.float64)
     grid = [family.points(parameters, np.full(_GRID, depth), budget) for depth in depths]
 
-    def lowest(x_P: Floats) -> tuple[float, int, float, float, int]:
-        losses_TN = np.stack([law.log_loss(x_P, points) for points in grid])
-        depth, place = np.unravel_index(np.argmin(losses_TN), losses_TN.shape)
-        best_N = _refined(np.log(parameters), losses_TN[depth], int(place))
+    def lowest(x_P: Floats, losses_TN: Floats, depth: int) -> tuple[AtDepth, int]:
+        """The best run at one place of ``depths``, and its place among ``parameters``."""
+        place = int(np.argmin(losses_TN[depth]))
+        best_N = _refined(np.log(parameters), losses_TN[depth], place)
         at = family.points(np.array([best_N]), depths[[depth]], budget)
-        return best_N, int(depths[depth]), float(at.tokens[0]), float(np.exp(law.log_loss(x_P, at))[0]), int(place)
+        loss = float(np.exp(law.log_loss(x_P, at))[0])
+        return AtDepth(int(depths[depth]), best_N, float(at.tokens[0]), loss), place
 
-    best_N, best_T, best_D, loss, place = lowest(x_P)
-    drawn = np.array([lowest(each)[:4] for each in resampled])
+    def losses_of(x_P: Floats) -> Floats:
+        return np.stack([law.log_loss(x_P, points) for points in grid])
+
+    losses_TN = losses_of(x_P)
+    best, place = lowest(x_P, losses_TN, int(losses_TN.min(axis=1).argmin()))
+    drawn = []
+    for each in resampled:
+        others_TN = losses_of(each)
+        other = lowest(each, others_TN, int(others_TN.min(axis=1).argmin()))[0]
+        drawn.append([other.parameters, float(other.loops), other.tokens, other.loss])
     names = ("parameters", "loops", "tokens", "loss")
     edges = []
     if place in (0, _GRID - 1):
-        edges.append("parameters at the edge of the search")
-    for name, value, (least, most) in (("parameters", best_N, family.sizes), ("tokens", best_D, family.tokens)):
+        limited = most_parameters is not None and place > 0
+        edges.append("parameters at their limit" if limited else "parameters at the edge of the search")
+    places = (("parameters", best.parameters, family.sizes), ("tokens", best.tokens, family.tokens))
+    for name, value, (least, most) in places:
         if value > most:
             edges.append(f"{name} {value / most:.3g} times the most measured")
         elif value < least:
             edges.append(f"{name} 1/{least / value:.3g} of the least measured")
-    if len(depths) > 1 and best_T in (family.depths[0], family.depths[-1]):
-        edges.append(f"loops at the {'least' if best_T == family.depths[0] else 'most'} trained")
+    if len(depths) > 1 and best.loops in (family.depths[0], family.depths[-1]):
+        edges.append(f"loops at the {'least' if best.loops == family.depths[0] else 'most'} trained")
     return Optimum(
         budget,
-        best_N,
-        best_T,
-        best_D,
-        loss,
-        {name: interval_of(list(drawn[:, column]) if len(drawn) else [], level) for column, name in enumerate(names)},
+        best.parameters,
+        best.loops,
+        best.tokens,
+        best.loss,
+        {name: interval_of([each[column] for each in drawn], level) for column, name in enumerate(names)},
+        tuple(lowest(x_P, losses_TN, family.depths.index(depth))[0] for depth in family.trained_depths),
         tuple(edges),
     )
 

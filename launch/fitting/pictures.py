@@ -1,9 +1,10 @@
 """Pictures of a study: what people look at before they believe a table.
 
 ``isoflop.png``    loss against size, a curve for each FLOP level, a panel for each mean depth, minima marked
+``loops.png``      loss against trained loops, a curve of the looped law for each size, a panel for each FLOP level
 ``depth.png``      loss against loops: measured, and the saturating law
 ``predicted.png``  what each law says against what was measured, and by how much it errs
-``optimum.png``    the best parameters, tokens and loops against the budget
+``optimum.png``    the best parameters, tokens and loops against the budget, and what keeping to a depth costs
 
 Colours mean one thing throughout a picture. Only what a study has is drawn.
 """
@@ -20,8 +21,8 @@ import numpy as np
 from launch.fitting.depth import DepthFit
 from launch.fitting.holdout import largest
 from launch.fitting.isoflop import Parabola
-from launch.fitting.optimum import best_run
-from launch.fitting.runs import LOSS_UNITS, Floats
+from launch.fitting.optimum import Optimum, best_run
+from launch.fitting.runs import LOSS_UNITS, Floats, Points
 from launch.fitting.study import LawFit, Study
 from launch.sweeping.table import readable
 
@@ -38,6 +39,7 @@ def draw_study(study: Study, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     drawings: dict[str, tuple[bool, Callable[[Study], Any]]] = {
         "isoflop": (bool(study.parabolas), draw_isoflop),
+        "loops": ("looped" in study.laws and bool(_loop_series(study)), draw_loops),
         "depth": (bool(study.depths), draw_depth),
         "predicted": (bool(study.laws), draw_predicted),
         "optimum": (bool(study.optima), draw_optimum),
@@ -69,7 +71,9 @@ def draw_isoflop(study: Study) -> Any:
         _readable_ticks(panel.xaxis)
     _label_outer(panels, "parameters N, each counted once", f"held-out loss, {LOSS_UNITS[study.settings.unit]}")
     marks = [_line(colour, f"{level:.3g}", marker="o") for level, colour in zip(levels, colours, strict=True)]
-    marks.append(_line("0.35", "least", marker="*", markersize=11, linestyle="none"))
+    marks.append(_line("0.35", "least loss", marker="*", markersize=11, linestyle="none"))
+    if any(parabola.interval is not None for parabola in study.parabolas):
+        marks.append(_line("0.7", f"its {study.settings.level:.0%} interval", linewidth=4))
     figure.legend(handles=marks, title="training FLOPs", loc="outside right upper", frameon=False)
     return figure
 
@@ -94,6 +98,49 @@ def _draw_parabola(panel: Any, study: Study, parabola: Parabola, colour: Any) ->
             markeredgewidth=0.6,
             zorder=4,
         )
+
+
+def _loop_series(study: Study) -> dict[float, dict[str, list[int]]]:
+    """Runs by FLOP level and size, in order of depth, where a size was trained at two depths or more."""
+    found: dict[float, dict[str, list[int]]] = {}
+    rows = study.runs.rows
+    for place in sorted(range(len(rows)), key=lambda place: rows[place].mean_loops):
+        level = rows[place].flops_level
+        if level is not None:
+            found.setdefault(level, {}).setdefault(rows[place].size, []).append(place)
+    several = {
+        level: {size: places for size, places in sizes.items() if len({rows[place].mean_loops for place in places}) > 1}
+        for level, sizes in sorted(found.items())
+    }
+    return {level: sizes for level, sizes in several.items() if sizes}
+
+
+def draw_loops(study: Study) -> Any:
+    """What depth is worth when its FLOPs are taken from the tokens: a panel for each level, a colour for each size."""
+    series, runs = _loop_series(study), study.runs
+    fit = study.laws["looped"]
+    by_size = {row.size: runs.points.unique[place] for place, row in enumerate(runs.rows)}
+    sizes = sorted({size for level in series.values() for size in level}, key=lambda size: float(by_size[size]))
+    colours = dict(zip(sizes, _sequence(len(sizes)), strict=True))
+    figure, panels = _panels(len(series), share_y=True)
+    figure.suptitle("Loss against trained depth at equal training FLOPs, and the looped law")
+    for panel, (level, members) in zip(panels, series.items(), strict=True):
+        for size, places in members.items():
+            points = runs.points.where(np.isin(np.arange(len(runs)), places))
+            panel.plot(points.loops, runs.loss[sorted(places)], marker="o", color=colours[size], zorder=3, **_MEASURED)
+            loops = np.geomspace(points.loops.min(), points.loops.max(), 100)
+            order = np.argsort(points.loops, kind="stable")
+            tokens = np.exp(np.interp(np.log(loops), np.log(points.loops[order]), np.log(points.tokens[order])))
+            along = Points(points.once[:1], points.recurrent[:1], loops, tokens)
+            panel.plot(loops, np.exp(fit.law.log_loss(fit.x_P, along)), color=colours[size], linewidth=1.4, alpha=0.9)
+        depths = sorted({runs.rows[place].mean_loops for places in members.values() for place in places})
+        panel.set(title=f"{level:.3g} FLOPs", xscale="log")
+        panel.set_xticks(depths, [str(depth) for depth in depths])
+        panel.minorticks_off()
+    _label_outer(panels, "mean loops T of the training", f"held-out loss, {LOSS_UNITS[study.settings.unit]}")
+    marks = [_line(colours[size], f"{size}, {readable(float(by_size[size]))}", marker="o") for size in reversed(sizes)]
+    figure.legend(handles=marks, title="size, N", loc="outside right upper", frameon=False)
+    return figure
 
 
 def draw_depth(study: Study) -> Any:
@@ -125,7 +172,7 @@ def draw_depth(study: Study) -> Any:
 
 
 def _depth_groups(fits: Sequence[DepthFit]) -> dict[str, list[DepthFit]]:
-    """The series by what gives them their colour: each its own while those can be told apart, else the trained depth."""
+    """The series by what gives them their colour: each its own, or of many the trained depth."""
     if len(fits) <= 8 or any(fit.series.trained_loops is None for fit in fits):
         return {fit.series.name: [fit] for fit in fits}
     trained = sorted({fit.series.trained_loops or 0 for fit in fits})
@@ -156,8 +203,8 @@ def draw_predicted(study: Study) -> Any:
     figure, grid = pyplot.subplots(
         2,
         len(fits),
-        figsize=(4.6 * len(fits) + 1.6, 6.2),
-        height_ratios=(3, 1.3),
+        figsize=(4.4 * len(fits) + 1.8, 6.6),
+        height_ratios=(2.6, 1),
         sharex=True,
         sharey="row",
         squeeze=False,
@@ -174,7 +221,6 @@ def draw_predicted(study: Study) -> Any:
         above.plot(span, span, color="0.4", linewidth=0.9, zorder=1)
         below.axhline(0, color="0.4", linewidth=0.9, zorder=1)
         above.set(xlim=span, ylim=span, title=f"{fit.law.title}: ${_formula(fit)}$")
-        above.set_aspect("equal", adjustable="box")
         above.text(0.03, 0.97, _error_text(fit), transform=above.transAxes, va="top", fontsize=8)
         below.set(xlabel=f"measured loss, {LOSS_UNITS[study.settings.unit]}")
     grid[0, 0].set_ylabel(f"predicted loss, {LOSS_UNITS[study.settings.unit]}")
@@ -213,17 +259,21 @@ def draw_optimum(study: Study) -> Any:
     most = max(float(study.runs.flops.max()), *asked)
     budgets = np.geomspace(least, most * 1.5, 25)
     resampled = fit.resampled[:100]
-    path = [best_run(fit.law, fit.x_P, resampled, family, float(C), study.settings.level) for C in budgets]
+    level, limit = study.settings.level, study.settings.most_parameters
+    path = [best_run(fit.law, fit.x_P, resampled, family, float(C), level, limit) for C in budgets]
     several = len(family.depths) > 1
-    figure, panels = _panels(3 if several else 2, share_y=False)
+    figure, panels = _panels(4 if several else 2, share_y=False, panel=(4.8, 3.2))
     figure.suptitle(f"Best run at a budget, by the {fit.law.title} law")
     quantities = [("parameters", "parameters N, each once"), ("tokens", "tokens D"), ("loops", "loops T")]
     for panel, (name, label) in zip(panels, quantities, strict=False):
-        panel.plot(budgets, [getattr(best, name) for best in path], color="tab:blue", linewidth=1.6)
+        steps = "steps-mid" if name == "loops" else "default"
+        values = [getattr(best, name) for best in path]
+        panel.plot(budgets, values, color="tab:blue", linewidth=1.6, drawstyle=steps)
         bands = [best.intervals[name] for best in path]
         if all(bands):
             low, high = [band.low for band in bands if band], [band.high for band in bands if band]
-            panel.fill_between(budgets, low, high, color="tab:blue", alpha=0.18, linewidth=0)
+            step = "mid" if name == "loops" else None
+            panel.fill_between(budgets, low, high, color="tab:blue", alpha=0.18, linewidth=0, step=step)
         values = [getattr(best, name) for best in study.optima]
         panel.plot(asked, values, marker="*", markersize=13, linestyle="none", color="tab:orange", zorder=4)
         panel.axvspan(least, float(study.runs.flops.max()), color="0.5", alpha=0.08, linewidth=0)
@@ -234,6 +284,9 @@ def draw_optimum(study: Study) -> Any:
         else:
             panel.set_yscale("log")
             _readable_ticks(panel.yaxis)
+    if several:
+        _draw_price_of_depth(panels[3], budgets, path)
+        panels[3].axvspan(least, float(study.runs.flops.max()), color="0.5", alpha=0.08, linewidth=0)
     from matplotlib.patches import Patch
 
     marks = [
@@ -244,6 +297,16 @@ def draw_optimum(study: Study) -> Any:
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _draw_price_of_depth(panel: Any, budgets: Floats, path: Sequence[Optimum]) -> None:
+    """How much worse the best run of each trained depth is than the best of all."""
+    depths = [at.loops for at in path[0].at_depths]
+    for column, (depth, colour) in enumerate(zip(depths, _sequence(len(depths)), strict=True)):
+        worse = [100 * (best.at_depths[column].loss / best.loss - 1) for best in path]
+        panel.plot(budgets, worse, color=colour, linewidth=1.6, label=str(depth))
+    panel.set(xscale="log", xlabel="training FLOPs", ylabel="loss above the best, %", xlim=(budgets[0], budgets[-1]))
+    panel.legend(title="loops T, fixed", fontsize=8, ncols=2)
 
 
 def _panels(count: int, *, share_y: bool, panel: tuple[float, float] = _PANEL) -> tuple[Any, list[Any]]:
@@ -295,10 +358,11 @@ def _readable_ticks(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()
-    wide = math.log10(high / low) > 1.3
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    decades = math.log10(high / low)
+    labelled = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 3 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=labelled))
     axis.set_major_formatter(FuncFormatter(lambda value, place: readable(value)))
-    axis.set_minor_locator(LogLocator(base=10, subs=tuple(range(2, 10))) if wide else NullLocator())
+    axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
 

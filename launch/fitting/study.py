@@ -42,6 +42,7 @@ class Settings:
     required: tuple[Part, ...] = ("chinchilla",)
     optional: tuple[Part, ...] = ("looped", "isoflop", "depth")
     budgets: tuple[float, ...] = ()  # FLOPs; none: the largest measured, and ten times that
+    most_parameters: float | None = None  # of the best run
     resamples: int = 400
     level: float = 0.95
     delta: float = DELTA
@@ -230,7 +231,8 @@ def _optima(
         return None, []
     most = float(runs.flops.max())
     budgets = settings.budgets or (most, 10 * most)
-    return family, [best_run(fit.law, fit.x_P, fit.resampled, family, budget, settings.level) for budget in budgets]
+    level, limit = settings.level, settings.most_parameters
+    return family, [best_run(fit.law, fit.x_P, fit.resampled, family, each, level, limit) for each in budgets]
 
 
 def _generator(settings: Settings, part: Part) -> np.random.Generator:

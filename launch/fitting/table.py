@@ -150,7 +150,21 @@ def _optimum_table(study: Study, interval: str) -> Table:
             f"{best.loss:.4f}",
             _range(intervals["loss"]),
             "; ".join(best.edges),
+            end_section=len(best.at_depths) < 2,
         )
+        if len(best.at_depths) > 1:
+            for each in best.at_depths:
+                cells = [
+                    readable(each.parameters),
+                    "",
+                    readable(each.tokens),
+                    "",
+                    str(each.loops),
+                    "",
+                    f"{each.loss:.4f}",
+                ]
+                last = each is best.at_depths[-1]
+                table.add_row("at this depth", *cells, "", "", style="dim", end_section=last)
     return table
 
 
