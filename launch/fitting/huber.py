@@ -25,8 +25,8 @@ from scipy.optimize import minimize
 from launch.fitting.runs import Floats
 
 DELTA = 1e-3  # of log losses: errors beyond 0.1% count linearly
-STARTS = 24  # of the grid, the best ones, that are followed to their ends
-RESTARTED = 2  # the same, where the solution to much the same problem is known
+STARTS = 12  # of the grid, the best ones, that are followed to their ends
+RESTARTED = 1  # the same, where the solution to much the same problem is known
 BALANCED = 1e-3  # the pulls of the points on a coefficient cancel to this share of their sizes
 _AT_BOUND = 1e-6
 _RESTARTS = 8

@@ -24,7 +24,7 @@ from launch.fitting.isoflop import Parabola
 from launch.fitting.optimum import Optimum, best_run
 from launch.fitting.runs import LOSS_UNITS, Floats, Points
 from launch.fitting.study import LawFit, Study
-from launch.sweeping.table import readable
+from launch.readable import readable
 
 PREFIX = "fit_"
 _PANEL = (4.2, 3.6)  # inches

@@ -11,7 +11,7 @@ from launch.fitting.bootstrap import Interval
 from launch.fitting.holdout import HeldOut
 from launch.fitting.runs import LOSS_UNITS, Counted
 from launch.fitting.study import LawFit, Part, Study
-from launch.sweeping.table import readable
+from launch.readable import readable
 
 COUNTED_TEXT: dict[Counted, str] = {
     "active": "parameters a token passes, without embedding and head",
