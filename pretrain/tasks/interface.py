@@ -34,8 +34,8 @@ _STREAMS: dict[Split, int] = {"train": 0x7A5C_7241, "validation": 0x7A5C_0E57}
 # Problems of the wrong split in a row before the fraction must be wrong rather than the draw unlucky; and how many of a
 # difficulty are looked at for held-out ones.
 _MOST_DRAWS = 100_000
-# Draws in a row that offer nothing new, and as many again for each ten problems seen: then all have been seen.
-_IN_VAIN = 100
+# Draws in a row that offer nothing new, and two more for each problem seen: then nearly all have been seen.
+_IN_VAIN = 200
 
 
 class Problem(NamedTuple):
@@ -119,7 +119,7 @@ class Task(Section):
 
     def difficulty_of(self, size: int) -> str:
         """The name of the difficulty that ``size`` belongs to."""
-        return next(self._name(sizes) for sizes in self.all_sizes if size in sizes)
+        return self._name(next(sizes for sizes in self.all_sizes if size in sizes))
 
     def _name(self, sizes: range) -> str:
         return f"{sizes[0]}_{self.unit}" if len(sizes) == 1 else f"{sizes[0]}_to_{sizes[-1]}_{self.unit}"
@@ -189,7 +189,7 @@ class Task(Section):
             seen.add(problem.prompt)
             if self.is_held_out(problem) == (split == "validation"):
                 found[problem.prompt] = problem
-            if len(found) == count or nothing_new > _IN_VAIN + 10 * len(seen):
+            if len(found) == count or nothing_new > _IN_VAIN + 2 * len(seen):
                 break
         if not found:
             raise BadInputError(
