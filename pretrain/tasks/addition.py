@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from launch.settings import SettingError
-from pretrain.tasks.interface import Lengths, Problem, Task
+from pretrain.tasks.interface import Lengths, Question, Task
 
 MAX_DIGITS = 18  # of an int64
 
@@ -58,14 +58,13 @@ class Addition(Task):
         """Operands and signs; the largest sum."""
         return Lengths(self.operands * (size + 1), len(str(self.operands * (10**size - 1))))
 
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
         """A sum of numbers of ``size`` digits."""
         low = 0 if size == 1 else 10 ** (size - 1)
         numbers: list[int] = rng.integers(low, 10**size, size=self.operands).tolist()
         answer = str(sum(numbers))
-        return Problem(
+        return Question(
             prompt="+".join(map(str, numbers)) + "=",
             answer=answer if self.answer_order == "plain" else answer[::-1],
-            difficulty=self.difficulty_of(size),
             identity="+".join(map(str, sorted(numbers))),
         )

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from pretrain.tasks.interface import Lengths, Problem
+from pretrain.tasks.interface import Lengths, Question
 from pretrain.tasks.strings import StringTask, random_string
 
 
@@ -33,8 +33,8 @@ class Copy(StringTask):
         """The string and equals; the string."""
         return Lengths(size + 1, size)
 
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
         """A string of ``size`` letters."""
         text = random_string(rng, ascii_lowercase[: self.symbols], size)
         answer = text if self.answer_order == "plain" else text[::-1]
-        return Problem(text + "=", answer, self.difficulty_of(size), identity=text)
+        return Question(text + "=", answer, identity=text)

@@ -38,13 +38,21 @@ _MOST_DRAWS = 100_000
 _IN_VAIN = 200
 
 
-class Problem(NamedTuple):
-    """A question with one right answer; both are texts over the task's alphabet."""
+class Question(NamedTuple):
+    """A prompt with one right answer; both are texts over the task's alphabet."""
 
     prompt: str
     answer: str
-    difficulty: str  # one of the task's difficulties, trained or beyond
     identity: str  # the same text for problems that must not be on both sides of the split
+
+
+class Problem(NamedTuple):
+    """A question, and which of the task's difficulties it is of, trained or beyond."""
+
+    prompt: str
+    answer: str
+    difficulty: str
+    identity: str
 
 
 class Lengths(NamedTuple):
@@ -83,8 +91,8 @@ class Task(Section):
         """Most characters of a problem of ``size``; they do not fall with the size."""
 
     @abstractmethod
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
-        """A problem of ``size``, of either split."""
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
+        """A question of ``size``, of either split."""
 
     @model_validator(mode="after")
     def _beyond_is_beyond(self) -> Task:
@@ -117,10 +125,6 @@ class Task(Section):
         """Names of the difficulties that only evaluation has."""
         return tuple(self._name(range(size, size + 1)) for size in self.beyond)
 
-    def difficulty_of(self, size: int) -> str:
-        """The name of the difficulty that ``size`` belongs to."""
-        return self._name(next(sizes for sizes in self.all_sizes if size in sizes))
-
     def _name(self, sizes: range) -> str:
         return f"{sizes[0]}_{self.unit}" if len(sizes) == 1 else f"{sizes[0]}_to_{sizes[-1]}_{self.unit}"
 
@@ -144,7 +148,7 @@ class Task(Section):
         """The same text for the same held-out problems, too."""
         return json.dumps(self.model_dump(mode="json", exclude=None if self.beyond else {"beyond"}), sort_keys=True)
 
-    def is_held_out(self, problem: Problem) -> bool:
+    def is_held_out(self, problem: Problem | Question) -> bool:
         """Whether the problem belongs to the validation split."""
         digest = hashlib.blake2b(problem.identity.encode(), digest_size=8, key=b"task split").digest()
         return int.from_bytes(digest, "big") < self.validation_fraction * 2**64
@@ -155,18 +159,19 @@ class Task(Section):
         All three are non-negative. Raises ``BadInputError`` when the split has no problem.
         """
         rng = self._generator(split, seed, stream, offset)
-        sizes = self.sizes
+        levels = [(self._name(sizes), sizes) for sizes in self.sizes]
         while True:
             for _ in range(_MOST_DRAWS):
-                problem = self.draw(rng, _one_of(rng, sizes[int(rng.integers(len(sizes)))]))
-                if self.is_held_out(problem) == (split == "validation"):
+                difficulty, sizes = levels[int(rng.integers(len(levels)))]
+                question = self.draw(rng, _one_of(rng, sizes))
+                if self.is_held_out(question) == (split == "validation"):
                     break
             else:
                 raise BadInputError(
                     f"validation_fraction = {self.validation_fraction}: leaves no problem of {self.key} for {split}; "
                     "choose another fraction, or larger problems"
                 )
-            yield problem
+            yield Problem(question.prompt, question.answer, difficulty, question.identity)
 
     def distinct_problems(self, split: Split, count: int) -> list[Problem]:
         """Up to ``count`` different problems of each difficulty, those beyond training too, the same ones every time.
@@ -180,20 +185,21 @@ class Task(Section):
 
     def _distinct_of_level(self, split: Split, level: int, count: int) -> list[Problem]:
         rng, sizes = self._generator(split, 0, 0, level), self.all_sizes[level]
+        difficulty = self._name(sizes)
         found: dict[str, Problem] = {}
         seen: set[str] = set()  # of either split
         nothing_new = 0
         for _ in range(_MOST_DRAWS):
-            problem = self.draw(rng, _one_of(rng, sizes))
-            nothing_new = nothing_new + 1 if problem.prompt in seen else 0
-            seen.add(problem.prompt)
-            if self.is_held_out(problem) == (split == "validation"):
-                found[problem.prompt] = problem
+            question = self.draw(rng, _one_of(rng, sizes))
+            nothing_new = nothing_new + 1 if question.prompt in seen else 0
+            seen.add(question.prompt)
+            if self.is_held_out(question) == (split == "validation"):
+                found[question.prompt] = Problem(question.prompt, question.answer, difficulty, question.identity)
             if len(found) == count or nothing_new > _IN_VAIN + 2 * len(seen):
                 break
         if not found:
             raise BadInputError(
-                f"validation_fraction = {self.validation_fraction}: leaves no problem of {self._name(sizes)} of "
+                f"validation_fraction = {self.validation_fraction}: leaves no problem of {difficulty} of "
                 f"{self.key} for {split}; choose another fraction, or larger problems"
             )
         return list(found.values())

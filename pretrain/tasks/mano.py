@@ -9,6 +9,7 @@ Two problems are the same when they are one expression up to the order of what i
 
 from __future__ import annotations
 
+from itertools import accumulate
 from string import ascii_lowercase, digits
 from typing import ClassVar, Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from launch.settings import SettingError
-from pretrain.tasks.interface import Lengths, Problem, Task
+from pretrain.tasks.interface import Lengths, Question, Task
 
 NUMBERS = digits + ascii_lowercase
 OPERATORS = "+-*"
@@ -58,14 +59,14 @@ class Mano(Task):
         """Operators, one number more, equals; one number."""
         return Lengths(2 * size + 2, 1)
 
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
         """An expression of ``size`` operators."""
         shape = _prefix_shape(rng, size)
         operators = iter(rng.integers(len(OPERATORS), size=size).tolist())
         numbers = iter(rng.integers(self.modulus, size=size + 1).tolist())
         text = "".join(OPERATORS[next(operators)] if is_operator else NUMBERS[next(numbers)] for is_operator in shape)
         value, canonical = self._evaluate(text)
-        return Problem(text + "=", NUMBERS[value], self.difficulty_of(size), canonical)
+        return Question(text + "=", NUMBERS[value], canonical)
 
     def _evaluate(self, text: str) -> tuple[int, str]:
         """The value of a prefix expression, and the same expression with the operands of + and * in order."""
@@ -91,7 +92,7 @@ def _prefix_shape(rng: np.random.Generator, size: int) -> list[bool]:
     Cycle lemma (Dvoretzky and Motzkin 1947): of the 2n + 1 rotations of a word of n operators (+1) and n + 1 numbers
     (-1) exactly one is a prefix expression, the one that starts after the first minimum of the running sum.
     """
-    word = rng.permutation(2 * size + 1) < size
-    start = int(np.where(word, 1, -1).cumsum().argmin()) + 1
-    shape: list[bool] = np.roll(word, -start).tolist()
-    return shape
+    word = [number < size for number in rng.permutation(2 * size + 1).tolist()]
+    running = list(accumulate(1 if is_operator else -1 for is_operator in word))
+    start = running.index(min(running)) + 1
+    return word[start:] + word[:start]

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from launch.settings import SettingError
-from pretrain.tasks.interface import Lengths, Problem, Task
+from pretrain.tasks.interface import Lengths, Question, Task
 
 
 class PHop(Task):
@@ -70,7 +70,7 @@ class PHop(Task):
         """p, colon, sequence, equals; one symbol."""
         return Lengths(len(str(size)) + self.length + 2, 1)
 
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
         """A sequence with a chain of ``size`` hops from its end."""
         while True:
             first, steps = rng.integers(self.symbols), rng.integers(1, self.symbols, size=self.length - 1)
@@ -83,4 +83,4 @@ class PHop(Task):
                     break
             else:
                 prompt = f"{size}:{text}="
-                return Problem(prompt, text[at], self.difficulty_of(size), identity=prompt)
+                return Question(prompt, text[at], identity=prompt)

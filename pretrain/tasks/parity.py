@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.tasks.interface import Lengths, Problem
+from pretrain.tasks.interface import Lengths, Question
 from pretrain.tasks.strings import StringTask, random_string
 
 
@@ -28,7 +28,7 @@ class Parity(StringTask):
         """The string and equals; one bit."""
         return Lengths(size + 1, 1)
 
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
         """A string of ``size`` bits."""
         bits = random_string(rng, "01", size)
-        return Problem(bits + "=", str(bits.count("1") % 2), self.difficulty_of(size), identity=bits)
+        return Question(bits + "=", str(bits.count("1") % 2), identity=bits)

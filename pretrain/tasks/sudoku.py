@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from launch.settings import SettingError
-from pretrain.tasks.interface import Lengths, Problem, Task
+from pretrain.tasks.interface import Lengths, Question, Task
 
 CELLS = 16
 MAX_EMPTIES = 12
@@ -64,7 +64,7 @@ class Sudoku(Task):
         """The cells and equals; the cells."""
         return Lengths(CELLS + 1, CELLS)
 
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
+    def draw(self, rng: np.random.Generator, size: int) -> Question:
         """A puzzle with ``size`` empty cells."""
         puzzles = puzzles_by_empties()[size]
         which = int(rng.integers(len(puzzles.clues)))
@@ -72,7 +72,7 @@ class Sudoku(Task):
         clues = int(puzzles.clues[which])
         grid = "".join(names[digit] for digit in _first_grids()[int(puzzles.grids[which])])
         puzzle = "".join(digit if clues >> cell & 1 else EMPTY for cell, digit in enumerate(grid))
-        return Problem(puzzle + "=", grid, self.difficulty_of(size), identity=grid)
+        return Question(puzzle + "=", grid, identity=grid)
 
 
 class Puzzles(NamedTuple):

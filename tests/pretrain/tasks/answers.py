@@ -35,7 +35,7 @@ def right_answer(task: Task, prompt: str) -> str:
 
 def hop(text: str, hops: int) -> str:
     """The definition with its indices from 1: ``find(i) = max {j <= i : x_(j-1) = x_i}``."""
-    x = {number: symbol for number, symbol in enumerate(text, start=1)}
+    x = dict(enumerate(text, start=1))
     i = len(text)
     for _ in range(hops):
         i = max(j for j in range(2, i + 1) if x[j - 1] == x[i])
