@@ -112,6 +112,8 @@ def plot_depth_by_group(groups: Sequence[GroupSweep], trained: tuple[int, int], 
             axis.plot(depths, [group.by_loops[depth] for depth in depths], style, marker="o", label=group.description)
         axis.axvspan(*trained, color="tab:gray", alpha=0.15, label="trained depths")
         axis.set(xlabel="loops", ylabel=shown[0].measure.replace("_", " "), title=shown[0].source, xscale="log")
+        if shown[0].measure == "accuracy":
+            axis.set_ylim(-0.02, 1.02)
         axis.set_xticks(depths, [str(depth) for depth in depths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""p-hop induction: ``3:abcacbadb...=c``, the symbol that p hops through a random sequence lead to.
+"""p-hop induction: ``2:cabacbda=a``, the symbol that p hops through a random sequence lead to.
 
 One hop goes from a position to the one *after* the latest earlier occurrence of its symbol::
 
