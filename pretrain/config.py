@@ -146,6 +146,12 @@ class DataSection(Section):
         return self.sources or (SourceSection(path=self.path),)
 
     @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row: of training, or of evaluation where a task asks longer problems."""
+        tasks = (source.task for source in self.all_sources)
+        return max(self.sequence_length, *(task.longest_row for task in tasks if task is not None), 0)
+
+    @property
     def folders(self) -> list[str]:
         """Every prepared data set that the section names, once."""
         return sorted({path for path in (self.path, *(source.path for source in self.all_sources)) if path})
@@ -601,11 +607,11 @@ class TrainingConfig(Section):
                 )
         asked = task.longest_asked
         # Between two end tokens.
-        if sum(asked) + 2 > self.model.max_seq_len:
+        if task.longest_row + 1 > self.model.max_seq_len:
             raise SettingError(
                 "model.max_seq_len",
                 self.model.max_seq_len,
-                f"{what} asks problems of up to {sum(asked) + 2} tokens; raise it to that, or ask smaller ones",
+                f"{what} asks problems of up to {task.longest_row + 1} tokens; raise it to that, or ask smaller ones",
             )
         if asked.answer + 1 > self.model.max_output_tokens:
             raise SettingError(

@@ -15,8 +15,10 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,6 +43,9 @@ from pretrain.loaded_run import load_run
 from pretrain.plots import plot_depth_by_group, plot_depth_sweep
 from pretrain.tasks.scoring import Score, exact_match
 from pretrain.verifier_report import StepReport, report_verifier
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -308,9 +313,7 @@ def evaluate_run(
 
         tallies = []
         for entry, of_entry in zip(held_out, batches, strict=True):
-            watched = track(
-                of_entry, description=f"evaluating at {depth} loops", transient=True, disable=not sys.stdout.isatty()
-            )
+            watched = _watched(of_entry, f"evaluating at {depth} loops")
             tallies.append(tally_plain(forward, watched, entry.dataset.domains, token_bytes_V))
         results[depth] = combine(held_out, tallies)
         dynamics[depth] = _measure_dynamics(model, batches[0][0].input_ids[:4], depth)
@@ -345,9 +348,16 @@ def _solve(model: IceModel, held_out: Sequence[AnyHeldOut], n_loops: int, limit:
     for entry in held_out:
         if isinstance(entry, TaskHeldOut):
             (source, *_) = entry.sources
-            by_difficulty = exact_match(model, entry.dataset, entry.first_problems(limit), n_loops)
+            problems = entry.first_problems(limit)
+            watch = partial(_watched, description=f"solving at {n_loops} loops")
+            by_difficulty = exact_match(model, entry.dataset, problems, n_loops, watch)
             scores |= {f"{source}/{difficulty}": score for difficulty, score in by_difficulty.items()}
     return scores
+
+
+def _watched(work: list[_T], description: str) -> Iterable[_T]:
+    """The pieces of work, with a progress bar on a terminal."""
+    return track(work, description=description, transient=True, disable=not sys.stdout.isatty())
 
 
 def _plain_scores(by_loops: dict[int, dict[str, Score]]) -> dict[int, dict[str, dict[str, float | None]]]:

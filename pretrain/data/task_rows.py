@@ -83,7 +83,7 @@ class TaskHeldOut:
     @property
     def sequence_length(self) -> int:
         """Targets of a row."""
-        return max(self.train_length, sum(self.dataset.task.longest_asked) + 1)
+        return max(self.train_length, self.dataset.task.longest_row)
 
     def first_problems(self, count: int | None) -> list[Problem]:
         """The first ``count`` problems of each difficulty; None: all."""

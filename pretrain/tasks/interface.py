@@ -139,6 +139,11 @@ class Task(Section):
         return self.lengths(self.all_sizes[-1][-1])
 
     @property
+    def longest_row(self) -> int:
+        """Targets of a row that holds any problem that evaluation asks, and its end token."""
+        return sum(self.longest_asked) + 1
+
+    @property
     def key(self) -> str:
         """The same text for the same training problems and the same split, whatever is asked beyond them."""
         return json.dumps(self.model_dump(mode="json", exclude={"beyond"}), sort_keys=True)

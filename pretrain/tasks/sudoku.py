@@ -1,4 +1,4 @@
-"""Sudoku of 4 x 4: ``432.1.3.2...341.=4321123421433412``, every puzzle with exactly one solution; the answer is the whole grid.
+"""Sudoku of 4 x 4: ``432.1.3.2...341.=4321123421433412``, each with exactly one solution; the answer is the whole grid.
 
 Rows are written one after the other, empty cells as dots; a puzzle is solved when all sixteen cells are right. The size
 is the number of empty cells, 1 to 12: no puzzle has a single solution with fewer than four clues.
