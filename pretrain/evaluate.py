@@ -44,7 +44,6 @@ from pretrain.plots import plot_depth_by_group, plot_depth_sweep
 from pretrain.tasks.scoring import Score, exact_match
 from pretrain.verifier_report import StepReport, report_verifier
 
-
 _T = TypeVar("_T")
 
 
