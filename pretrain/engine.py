@@ -166,7 +166,7 @@ def _expert_parallel_section(config: TrainingConfig) -> dict[str, Any]:
     }
     if config.parallel.comm_backend == "deepep":
         sequences = max(config.parallel.micro_batch_size, config.eval.micro_batch_size or 0)
-        section.update(comm_backend="deepep", comm_max_tokens_per_rank=sequences * config.data.sequence_length)
+        section.update(comm_backend="deepep", comm_max_tokens_per_rank=sequences * config.data.longest_row)
     if model.n_shared_experts > 0:
         section["shared_experts_pattern"] = SHARED_EXPERTS
     if model.moe_n_groups > 1:
