@@ -52,7 +52,9 @@ def modelling_code() -> dict[str, str]:
     files = {f"{_flat_name(module)}.py": _flattened(module, source) for module, source in sorted(sources.items())}
     # What `from . import name` needs is not found by transformers, so every file is named once more, where it does not
     # run.
-    listed = "".join(f"    from .{_flat_name(module)} import __doc__ as _\n" for module in sorted(sources) if module != first)
+    listed = "".join(
+        f"    from .{_flat_name(module)} import __doc__ as _\n" for module in sorted(sources) if module != first
+    )
     files[f"{MODELING}.py"] += (
         f"\n\nif False:  # transformers copies the files that such lines name, without running them\n{listed}"
     )

@@ -39,11 +39,11 @@ PIECE_ELEMENTS = 1 << 22  # 16 MiB of fp32
 
 
 class Run(NamedTuple):
-    """``count`` elements of ``flat`` (one dimension, mapped) from ``start`` on."""
+    """``size`` elements of ``flat`` (one dimension, mapped) from ``start`` on."""
 
     flat: Tensor
     start: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class StoredTensor:
 
     def pieces(self, elements: int = PIECE_ELEMENTS) -> Iterator[Tensor]:
         """All elements in order, flat, at most ``elements`` at a time: views of mapped files."""
-        for flat, start, count in self.runs:
-            for first in range(start, start + count, elements):
-                yield flat[first : min(first + elements, start + count)]
+        for flat, start, size in self.runs:
+            for first in range(start, start + size, elements):
+                yield flat[first : min(first + elements, start + size)]
 
     def copy_to(self, target: Tensor, first_row: int = 0) -> None:
         """Fill ``target`` with the rows (along the first dimension) from ``first_row`` on."""
         flat = target.reshape(-1) if target.is_contiguous() else torch.empty(target.numel(), dtype=target.dtype)
         place = 0
         for run in _cut(self.runs, first_row * prod(self.shape[1:]), target.numel()):
-            flat[place : place + run.count].copy_(run.flat[run.start : run.start + run.count])
-            place += run.count
+            flat[place : place + run.size].copy_(run.flat[run.start : run.start + run.size])
+            place += run.size
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
 
@@ -162,7 +162,9 @@ def open_checkpoint(checkpoint: Path, form: str = "auto") -> WeightSource:
     stage = read_record(checkpoint)["identity"]["topology"].get("zero_stage")
     if form == "sharded" or (form == "auto" and stage == 3):
         if stage != 3:
-            raise BadInputError(f"{checkpoint}: was saved with parallel.zero_stage = {stage}; only 3 is sharded weights")
+            raise BadInputError(
+                f"{checkpoint}: was saved with parallel.zero_stage = {stage}; only 3 is sharded weights"
+            )
         tensors = _sharded(checkpoint / ENGINE)
     elif universal is not None:
         tensors = _universal(universal / ENGINE)
@@ -191,10 +193,10 @@ def _cut(runs: Iterable[Run], start: int, count: int) -> list[Run]:
     """``count`` elements from ``start`` on of ``runs`` taken as one."""
     found, place = [], 0
     for run in runs:
-        first, last = max(start, place), min(start + count, place + run.count)
+        first, last = max(start, place), min(start + count, place + run.size)
         if first < last:
             found.append(Run(run.flat, run.start + first - place, last - first))
-        place += run.count
+        place += run.size
     return found
 
 
@@ -212,7 +214,7 @@ def _checked(path: Path, config: IceConfig, found: Mapping[str, StoredTensor]) -
         )
     for name, shape in wanted.items():
         tensor = found[name]
-        if tensor.shape != shape or sum(run.count for run in tensor.runs) != tensor.elements:
+        if tensor.shape != shape or sum(run.size for run in tensor.runs) != tensor.elements:
             raise BadInputError(f"{path}: {name}: has shape {tensor.shape}, its configuration asks for {shape}")
     return WeightSource(path, config, {name: found[name] for name in wanted})
 
@@ -302,7 +304,7 @@ class _RankFiles:
 def _sharded(folder: Path) -> dict[str, StoredTensor]:
     """The fp32 partitions of ZeRO-3, put in order.
 
-    A partition holds, for each parameter of its group, the rank's ``ceil(elements / ranks)`` of them, padded at the end.
+    A partition holds of each parameter of its group the rank's ``ceil(elements / ranks)`` elements, padded at the end.
     """
     from pretrain.engine import restrict_unpickling
 
@@ -342,5 +344,5 @@ def _assembled(name: str, shares: list[_Share]) -> StoredTensor:
     """A parameter from the parts that the ranks hold; its first dimension counts all experts."""
     ordered = sorted(shares, key=lambda share: (share.experts, share.partition))
     rows = [next(same).shape[0] for _, same in groupby(ordered, key=lambda share: share.experts)]
-    runs = tuple(share.run for share in ordered if share.run.count)
+    runs = tuple(share.run for share in ordered if share.run.size)
     return StoredTensor(name, (sum(rows), *shares[0].shape[1:]), runs)
