@@ -93,7 +93,7 @@ def _write_checkpoint(checkpoint: Path, source: WeightSource, record: ExportReco
     files = plan_files(named, MAX_FILE_BYTES)
     entries = {f"{WEIGHTS}/{file.name}": FileEntry(file.sha256, file.bytes) for file in write_files(weights, files)}
     dtype = next(name for name, each in DTYPES.items() if each == source.dtype)
-    identity = RunIdentity(source.config.model_dump(mode="json"), {}, {"dtype": dtype})
+    identity = RunIdentity(source.config.model_dump(mode="json"), {}, {"dtype": dtype, "imported": True})
     state = TrainingState(step, next_sample=0, tokens=0 if record is None else record.tokens, wandb_id=None)
     small = {
         f"{WEIGHTS}/{CONFIG}": as_json(source.config.model_dump(mode="json")),

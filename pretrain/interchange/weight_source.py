@@ -72,9 +72,13 @@ class StoredTensor:
 
     def copy_to(self, target: Tensor, first_row: int = 0) -> None:
         """Fill ``target`` with the rows (along the first dimension) from ``first_row`` on."""
+        self.copy_elements(target, first_row * prod(self.shape[1:]))
+
+    def copy_elements(self, target: Tensor, start: int) -> None:
+        """Fill ``target``, of any shape, with the elements from number ``start`` on."""
         flat = target.reshape(-1) if target.is_contiguous() else torch.empty(target.numel(), dtype=target.dtype)
         place = 0
-        for run in _cut(self.runs, first_row * prod(self.shape[1:]), target.numel()):
+        for run in _cut(self.runs, start, target.numel()):
             flat[place : place + run.size].copy_(run.flat[run.start : run.start + run.size])
             place += run.size
         if not target.is_contiguous():
@@ -93,6 +97,10 @@ class WeightSource:
     def dtype(self) -> torch.dtype:
         """What the weights (biases of routers aside, which are always fp32) are stored in."""
         return next(tensor.dtype for name, tensor in self.tensors.items() if not name.endswith(SELECTION_BIAS))
+
+    def for_model(self, config: IceConfig) -> WeightSource:
+        """The same weights for another configuration; ``BadInputError`` when names or shapes differ."""
+        return _checked(self.path, config, self.tensors)
 
     def load(self, dtype: torch.dtype = torch.float32) -> IceModel:
         """The plain model on the CPU in evaluation mode; selection biases stay in fp32."""
