@@ -107,7 +107,7 @@ def export_run(options: argparse.Namespace) -> None:
     tokenizer = None if options.no_tokenizer else _tokenizer(run, config)
     total = sum(output.nbytes for output in outputs(source, dtype))
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("weights", total=total)
         write_folder(
             options.out, source, record, tokenizer, dtype, shard_bytes, lambda count: progress.advance(task, count)

@@ -308,11 +308,7 @@ def evaluate_tasks(
 
     Raises ``BadInputError`` for a task that is not known or whose data is not there.
     """
-    manager = TaskManager(include_path=None if options.include_path is None else str(options.include_path))
-    known = set(manager.all_tasks)
-    for task in options.tasks:
-        if task not in known:
-            raise BadInputError(f"--tasks {task}: is no task of lm-evaluation-harness, nor in --task-path")
+    manager = _task_manager(options)
     results: dict[int, dict[str, dict[str, Any]]] = {}
     for depth in depths:
         found = simple_evaluate(
@@ -331,6 +327,21 @@ def evaluate_tasks(
         assert found is not None
         results[depth] = {name: dict(numbers) for name, numbers in found["results"].items()}
     return results
+
+
+def _task_manager(options: HarnessOptions) -> TaskManager:
+    """Who knows the tasks; the harness's own, some 15,000 files, are looked through only where one is asked for."""
+    manager = None
+    if options.include_path is not None:
+        if not options.include_path.is_dir():
+            raise BadInputError(f"--task-path {options.include_path}: no such folder")
+        manager = TaskManager(include_path=str(options.include_path), include_defaults=False)
+    if manager is None or not set(options.tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=None if manager is None else str(options.include_path))
+    for task in options.tasks:
+        if task not in set(manager.all_tasks):
+            raise BadInputError(f"--tasks {task}: is no task of lm-evaluation-harness, nor in --task-path")
+    return manager
 
 
 def metrics_of(numbers: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:

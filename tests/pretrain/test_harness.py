@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,12 @@ pytestmark = pytest.mark.harness
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from data_pipeline.tokenizer.bpe import END_ID, SentencePieceTokenizer, train_tokenizer  # noqa: E402
 from launch.settings import BadInputError  # noqa: E402
 from model import IceConfig, IceModel  # noqa: E402
-from pretrain import evaluate  # noqa: E402
+from pretrain import evaluate, harness  # noqa: E402
 from pretrain.harness import HarnessModel, HarnessOptions, evaluate_tasks  # noqa: E402
 
 LINES = [f"The captain of ship {number} wrote to the harbour about {number * 7} barrels." for number in range(200)]
@@ -69,8 +71,8 @@ def test_likelihoods_are_those_of_a_naive_computation(
     # What greedy decoding writes must be found to be greedy.
     start = [END_ID, *tokenizer.encode("The captain")]
     written = model.generate(torch.tensor([start]), 3, loops, temperature=0.0)[0, len(start) :].tolist()
-    harness = HarnessModel(model, tokenizer, loops, batch_size=3)
-    scores = harness.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
+    judged = HarnessModel(model, tokenizer, loops, batch_size=3)
+    scores = judged.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
     for (context, continuation), (log_p, greedy) in zip(asked, scores, strict=True):
         context, continuation = context.rstrip(), context[len(context.rstrip()) :] + continuation
         read = tokenizer.encode(context)
@@ -83,7 +85,7 @@ def test_likelihoods_are_those_of_a_naive_computation(
         )
         assert log_p == pytest.approx(expected, abs=1e-4)
         assert greedy == expected_greedy
-    ((log_p, greedy),) = harness._loglikelihood_tokens([(("a", "b"), start, written)], disable_tqdm=True)
+    ((log_p, greedy),) = judged._loglikelihood_tokens([(("a", "b"), start, written)], disable_tqdm=True)
     assert greedy
     assert log_p == pytest.approx(naive_log_p(model, start, written, loops)[0], abs=1e-4)
 
@@ -98,11 +100,11 @@ def forward_log_p(model: IceModel, read: list[int], wanted: list[int], loops: in
 
 
 def test_rolling_likelihoods_count_every_token_once(model: IceModel, tokenizer: SentencePieceTokenizer) -> None:
-    long = " ".join(LINES[:4])
+    long = " ".join(LINES[:8])
     assert len(tokenizer.encode(long)) > 2 * LENGTH
     texts = [(LINES[0],), (long,), ("a",)]
-    harness = HarnessModel(model, tokenizer, 2, batch_size=4)
-    got = harness.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    judged = HarnessModel(model, tokenizer, 2, batch_size=4)
+    got = judged.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
     for (text,), log_p in zip(texts, got, strict=True):
         ids = tokenizer.encode(text)
         # Windows of LENGTH tokens; the last is moved back so that it is full, and counts new ones only.
@@ -118,8 +120,8 @@ def test_rolling_likelihoods_count_every_token_once(model: IceModel, tokenizer: 
 def test_generation_is_that_of_each_prompt_alone(model: IceModel, tokenizer: SentencePieceTokenizer) -> None:
     prompts = ["The captain", "about", "of ship 7 wrote to the harbour", "x" * 100]
     plain = {"until": [], "max_gen_toks": 12}
-    harness = HarnessModel(model, tokenizer, 2, batch_size=3)
-    texts = harness.generate_until(instances("generate_until", [(p, plain) for p in prompts]), disable_tqdm=True)
+    judged = HarnessModel(model, tokenizer, 2, batch_size=3)
+    texts = judged.generate_until(instances("generate_until", [(p, plain) for p in prompts]), disable_tqdm=True)
     for prompt, text in zip(prompts, texts, strict=True):
         ids = [END_ID, *tokenizer.encode(prompt)][-(LENGTH - 12) :]
         new = model.generate(torch.tensor([ids]), 12, 2, temperature=0.0, stop_token_ids={END_ID})[0, len(ids) :]
@@ -128,14 +130,14 @@ def test_generation_is_that_of_each_prompt_alone(model: IceModel, tokenizer: Sen
         # A stop string in the middle, across tokens: everything before its first place.
         stop = expected[4:7]
         asked = (prompt, {"until": [stop, "never"], "max_gen_toks": 12})
-        (stopped,) = harness.generate_until(instances("generate_until", [asked]), disable_tqdm=True)
+        (stopped,) = judged.generate_until(instances("generate_until", [asked]), disable_tqdm=True)
         assert stopped == expected[: expected.find(stop)]
     assert len(set(texts)) > 1
     sampled = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "max_gen_toks": 12}
     request = instances("generate_until", [(prompts[0], sampled)])
-    assert harness.generate_until(request, disable_tqdm=True) == harness.generate_until(request, disable_tqdm=True)
+    assert judged.generate_until(request, disable_tqdm=True) == judged.generate_until(request, disable_tqdm=True)
     with pytest.raises(BadInputError, match=r"generation_kwargs: num_beams = 4: is not known; accepted: .*until"):
-        harness.generate_until(instances("generate_until", [("a", {"num_beams": 4})]))
+        judged.generate_until(instances("generate_until", [("a", {"num_beams": 4})]))
 
 
 @pytest.fixture
@@ -225,9 +227,15 @@ def test_tasks_from_local_files_give_the_metrics_of_a_naive_computation(
     assert abs(one - three) > 1e-3, "depth changes nothing here: the test is blind"
 
 
-def test_an_unknown_task_is_named(model: IceModel, tokenizer: SentencePieceTokenizer) -> None:
+def test_an_unknown_task_is_named(
+    model: IceModel, tokenizer: SentencePieceTokenizer, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The harness's own tasks take long to look through.
+    monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_path=str(tasks), include_defaults=False))
     with pytest.raises(BadInputError, match=r"^--tasks no_such_task: is no task of lm-evaluation-harness"):
         evaluate_tasks(model, tokenizer, [1], HarnessOptions(["no_such_task"]))
+    with pytest.raises(BadInputError, match=r"^--task-path .*nowhere: no such folder"):
+        evaluate_tasks(model, tokenizer, [1], HarnessOptions(["any"], tasks / "nowhere"))
 
 
 def test_without_the_harness_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
