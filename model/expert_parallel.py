@@ -135,6 +135,26 @@ def is_local_expert(engine_name: str) -> bool:
     return len(parts) >= 2 and parts[-2] == EXPERTS and parts[-1] in (_ENGINE_GATE, _ENGINE_DOWN, _ENGINE_UP)
 
 
+def stored_parts(engine_names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of each tensor of the plain model, the engine's tensors that it is made of, as in :func:`to_plain_names`.
+
+    Where there are several, they lie one behind the other in every expert (along the second dimension).
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in engine_names:
+        prefix, _, last = name.rpartition(".")
+        if not is_local_expert(name):
+            if name.endswith(_ENGINE_ROUTER_SUFFIX):
+                found[f"{name.removesuffix(_ENGINE_ROUTER_SUFFIX)}{ROUTER}.weight"] = (name,)
+            else:
+                found[name] = (name,)
+        elif last == _ENGINE_DOWN:
+            found[f"{prefix}.{DOWN_PROJ}"] = (name,)
+        else:
+            found[f"{prefix}.{GATE_UP_PROJ}"] = (f"{prefix}.{_ENGINE_GATE}", f"{prefix}.{_ENGINE_UP}")
+    return found
+
+
 def to_plain_names(entries: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Engine names and whole tensors (all experts) to the plain model's; ``w1`` waits for its ``w3``."""
     gates: dict[str, Tensor] = {}

@@ -33,6 +33,11 @@ class RunSection(Section):
     name: str = Field("ice", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = "runs"
     seed: int = Field(0, ge=0, lt=2**31)
+    init_from: str | None = Field(
+        None,
+        description="weights a run starts from instead of drawing them: a run directory, a checkpoint or an exported "
+        "folder; a run that has a checkpoint of its own goes on from that",
+    )
     preflight: bool = Field(True, description="make the cheap checks of launch/preflight.py when the run starts")
 
     @property

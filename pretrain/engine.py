@@ -23,7 +23,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,9 @@ from pretrain.checkpoint.unpickling import load_data
 from pretrain.config import OptimSection, TrainingConfig
 from pretrain.host_memory import keep_freed_memory
 from pretrain.universal_format import mended
+
+if TYPE_CHECKING:
+    from pretrain.interchange.weight_source import WeightSource
 
 
 class StepOutcome(NamedTuple):
@@ -305,8 +308,8 @@ class TrainingEngine:
     collective: every rank calls them in the same order.
     """
 
-    def __init__(self, config: TrainingConfig, place: Place) -> None:
-        """Start the process group, build the model from ``run.seed`` and hand it to DeepSpeed."""
+    def __init__(self, config: TrainingConfig, place: Place, initial: WeightSource | None = None) -> None:
+        """Start the process group, build the model from ``run.seed`` or ``initial``, and hand it to DeepSpeed."""
         name_accelerator()
         # DeepSpeed 0.19 calls collectives under names that torch 2.13 has begun to rename.
         warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
@@ -319,6 +322,7 @@ class TrainingEngine:
         from pretrain.expert_compute import adopt_engine_experts, expert_product
         from pretrain.expert_layer import adopt_expert_layers
         from pretrain.expert_start import ZeroInit, own_experts_only
+        from pretrain.interchange.initial_weights import fill_biases, fill_model
         from pretrain.lean_zero import adopt_lean_zero
         from pretrain.row_moves import choose_moves
 
@@ -346,6 +350,13 @@ class TrainingEngine:
         sharded = ZeroInit(config_dict_or_path=settings) if config.parallel.zero_init else None
         with experts_without_memory(), sharded or contextlib.nullcontext():
             model = IceModel(config.model)
+        if initial is not None:
+            zero_init = config.parallel.zero_init
+
+            def gathered(parameter: Tensor) -> Any:
+                return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=zero_init)
+
+            fill_model(model, initial, gathered, reads=place.is_first or not zero_init)
         model.set_remat(config.loop.remat, config.loop.remat_once, config.loop.remat_offload)
         model.set_loss_chunk(config.parallel.loss_chunk_tokens)
         if config.parallel.zero_stage == 3:
@@ -365,6 +376,8 @@ class TrainingEngine:
         self.device = torch.device(accelerator.current_device_name())
         self._zero = deepspeed.zero
         adopt_replaced_layers(self.model, self.model.core.expert_load)
+        if initial is not None:
+            fill_biases(self.selection_biases(), initial)
         self.fp8: list[str] = []  # how FP8 is used, for the log
         if fp8 is not None:
             converted = convert(self.model, config.model, fp8.kernels, config.precision.fp8_exclude)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data_pipeline.dataset.reader import Dataset
 from launch.files import write_json_atomically
-from launch.settings import exit_with_status
+from launch.settings import BadInputError, exit_with_status
 from model import IceModel
 from model.loop_gain import measured_gain
 from model.token_loss import IGNORED_TARGET
@@ -245,7 +245,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--problems", type=_positive, metavar="N", help="how many problems of each difficulty of a task; default all"
     )
+    harness = parser.add_argument_group("lm-evaluation-harness", "instead of held-out text; docs/interchange.md")
+    harness.add_argument("--tasks", metavar="NAME,NAME", help="tasks of the harness, or of files in --task-path")
+    harness.add_argument("--task-path", type=Path, metavar="DIR", help="a folder of further task files")
+    harness.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question; default the task's"
+    )
+    harness.add_argument("--limit", type=_positive, metavar="N", help="questions of each task; default all")
+    harness.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="requests computed at once")
     options = parser.parse_args(arguments)
+    if options.tasks is not None:
+        return _run_harness(options)
     evaluation = evaluate_run(options.run, options.loops, options.sequences, options.problems)
     results, dynamics = evaluation.by_loops, evaluation.dynamics
     console = Console()
@@ -268,6 +278,41 @@ def main(arguments: list[str] | None = None) -> int:
     if evaluation.verifier:
         console.print(_verifier_table(evaluation.verifier))
     console.print(f"written to {options.run / 'evaluation.json'}", highlight=False)
+    return 0
+
+
+def _run_harness(options: argparse.Namespace) -> int:
+    """Multiple choice and generation by lm-evaluation-harness, by depth; into ``harness.json``."""
+    try:
+        from pretrain.harness import HarnessOptions, evaluate_tasks, metrics_of
+    except ModuleNotFoundError as error:
+        raise BadInputError(f"--tasks: {error.name} is not installed; pip install -c constraints.txt lm-eval") from None
+    loaded = load_run(options.run)
+    asked = HarnessOptions(
+        tasks=tuple(options.tasks.split(",")),
+        include_path=options.task_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=loaded.config.run.seed,
+    )
+    depths = options.loops or [loaded.config.mean_loops]
+    by_loops = evaluate_tasks(loaded.model, loaded.tokenizer, depths, asked)
+    table = Table(title=f"lm-evaluation-harness on {options.run}")
+    for column in ("task", "metric", *(f"{depth} loop{'s' if depth > 1 else ''}" for depth in by_loops)):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task in next(iter(by_loops.values())):
+        measured = [{name: (value, error) for name, value, error in metrics_of(of[task])} for of in by_loops.values()]
+        for metric in measured[0]:
+            cells = (of_depth[metric] for of_depth in measured)
+            table.add_row(
+                task, metric, *(f"{value:.4f}" + (f" ± {error:.4f}" if error else "") for value, error in cells)
+            )
+    console = Console()
+    console.print(table)
+    path = options.run / "harness.json"
+    write_json_atomically(path, {"checkpoint": loaded.checkpoint.name, "by_loops": by_loops})
+    console.print(f"written to {path}", highlight=False)
     return 0
 
 

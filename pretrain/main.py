@@ -98,7 +98,12 @@ def train(config: TrainingConfig, place: Place) -> int:
         raise BadInputError(
             f"{checkpoints}: already holds checkpoints and checkpoint.resume = never; choose another run.name"
         )
-    engine = TrainingEngine(config, place)
+    initial = None
+    if config.run.init_from is not None:
+        from pretrain.interchange.initial_weights import open_initial
+
+        initial = open_initial(Path(config.run.init_from), config.model)
+    engine = TrainingEngine(config, place, initial)
     hosts = engine.gather_objects(socket.gethostname())
     session = engine.gather_objects(new_session())[0]
     faults = FaultLog(run_path, place.rank)

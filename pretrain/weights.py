@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 WritesFile = Callable[[Any], object]  # called with something that has ``write(bytes or memoryview)``
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def safetensors_file(tensors: Mapping[str, Tensor]) -> WritesFile:
@@ -39,7 +39,11 @@ def safetensors_file(tensors: Mapping[str, Tensor]) -> WritesFile:
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
 

@@ -1,7 +1,7 @@
 """What every test starts from: the same environment on every machine, and skips that cannot hide.
 
-With ``ICE_REQUIRE_ALL_TESTS=1`` (``.ci/run`` sets it) a test marked ``multirank``, ``slurm``, ``mount``, ``demo`` or
-``kernels`` that was skipped counts as failed, and so does a suite in which none of one of these marks ran.
+With ``ICE_REQUIRE_ALL_TESTS=1`` (``.ci/run`` sets it) a test marked ``multirank``, ``slurm``, ``mount``, ``demo``,
+``kernels`` or ``harness`` that was skipped counts as failed, and so does a suite in which none of one of these ran.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ice")
 
-REQUIRED_MARKERS = ("multirank", "slurm", "mount", "demo", "kernels")
+REQUIRED_MARKERS = ("multirank", "slurm", "mount", "demo", "kernels", "harness")
 
 _ran: Counter[str] = Counter()
 _complaints: list[str] = []

@@ -82,6 +82,11 @@ class SentencePieceTokenizer:
         special = (i for i in ids if self._processor.is_control(i) or self._processor.is_unknown(i))
         return frozenset(special) | {self.end_id}
 
+    def piece(self, token_id: int) -> str:
+        """See :class:`~data_pipeline.tokenizer.interface.Tokenizer`."""
+        spelling: str = self._processor.id_to_piece(token_id)
+        return spelling
+
     def encode(self, text: str) -> list[int]:
         """See :class:`~data_pipeline.tokenizer.interface.Tokenizer`."""
         return self.encode_batch([text])[0]

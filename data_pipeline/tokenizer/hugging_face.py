@@ -68,6 +68,10 @@ class HuggingFaceTokenizer:
             raise BadInputError(f"{path}: has no token {end}, which ends the documents of this data set")
         return cls(values, end)
 
+    def piece(self, token_id: int) -> str:
+        """See :class:`~data_pipeline.tokenizer.interface.Tokenizer`."""
+        return self._pieces[token_id]
+
     def encode(self, text: str) -> list[int]:
         """See :class:`~data_pipeline.tokenizer.interface.Tokenizer`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     def special_ids(self) -> frozenset[int]:
         """Ids that no text has."""
 
+    def piece(self, token_id: int) -> str:
+        """How the tokenizer's file spells a token."""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with no end token."""
 

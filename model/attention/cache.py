@@ -104,6 +104,11 @@ class Cache:
             )
         self.length = length
 
+    def select_rows(self, rows_B: torch.Tensor) -> None:
+        """Row i of every slot becomes what row ``rows_B[i]`` was, int64: what beam search does to its candidates."""
+        for slot in self._slots.values():
+            slot.select_rows(rows_B)
+
     def fix_depth(self, n_loops: int) -> None:
         """Refuse a depth other than the first one's, unless both leave every slot filled.
 

@@ -98,6 +98,12 @@ class PooledSlot(CacheSlot):
             self._pool(pooled, tensors[0].shape[-2])
         return super().append(*tensors)._replace(pooled_bias_BP=self._bias_BP)
 
+    def select_rows(self, rows_B: torch.Tensor) -> None:
+        """Row i becomes what row ``rows_B[i]`` was; (B,) int64."""
+        super().select_rows(rows_B)
+        if self._bias_BP is not None and len(self._bias_BP) > 1:  # one for all rows without padding
+            self._bias_BP = self._bias_BP.index_select(0, rows_B.to(self._bias_BP.device))
+
     def bytes_per_token(self) -> int:
         """0: a pooled slot is bounded."""
         return 0

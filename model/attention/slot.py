@@ -62,6 +62,10 @@ class CacheSlot:
         start = self.length - self._base
         return tuple(buffer[:, :, start : start + count] for buffer in self._buffers)
 
+    def select_rows(self, rows_B: torch.Tensor) -> None:
+        """Row i becomes what row ``rows_B[i]`` was; (B,) int64."""
+        self._buffers = [buffer.index_select(0, rows_B.to(buffer.device)) for buffer in self._buffers]
+
     def bytes_per_token(self) -> int:
         """Bytes by which one more token of one sequence makes this slot grow in the long run."""
         return 0 if self.window is not None else self._bytes_per_row()

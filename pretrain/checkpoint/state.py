@@ -69,6 +69,12 @@ def require_same_identity(
 
     Other ranks, sub-groups and another dtype are, if ZeRO has partitioned the state.
     """
+    if record["identity"]["topology"].get("imported"):
+        run = checkpoint.parent.parent
+        raise BadInputError(
+            f"{checkpoint}: was imported and holds weights only, nothing to go on from; start another run from them: "
+            f"run.init_from = {run}"
+        )
     # Through JSON, as the saved one went: tuples become lists.
     current = json.loads(json.dumps(asdict(identity)))
     next_sample = record["next_sample"]
