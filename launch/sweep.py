@@ -82,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.executor == "slurm":
         from launch.submit import submit_sweep
 
+        for name, value in (("--collect", options.collect), ("--evaluate", options.evaluate)):
+            if value:
+                raise BadInputError(f"{name}: works on this machine and would submit nothing; leave --executor out")
         return submit_sweep(options.config, options.site, options.dry_run, options.parallel)
     sweep, folders = load_sweep(options.config, options.parallel)
     # A row is longer than a terminal that nobody has widened.

@@ -118,12 +118,13 @@ def depth_series(rows: Sequence[ResultRow], unit: LossUnit) -> list[DepthSeries]
         by_loops = row.losses_by_loops(unit)
         if len(by_loops) >= LEAST_DEPTHS:
             found.append(DepthSeries(row.cell, "test", row.mean_loops, tuple(by_loops), tuple(by_loops.values())))
-    trained: dict[tuple[str, int], list[ResultRow]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (row.size, row.tokens)):
-        # Cells of as many tokens differ by a step at most.
-        same = [key for key in trained if key[0] == row.size and abs(row.tokens / key[1] - 1) <= _SAME_TOKENS]
-        trained[same[0] if same else (row.size, row.tokens)].append(row)
-    for (size, tokens), group in trained.items():
+    trained: dict[tuple[str, int, int], list[ResultRow]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row.size, row.parameters.total, row.tokens)):
+        # Sizes of two sweeps may share a name; cells of as many tokens differ by a step at most.
+        model = (row.size, row.parameters.total)
+        same = [key for key in trained if key[:2] == model and abs(row.tokens / key[2] - 1) <= _SAME_TOKENS]
+        trained[same[0] if same else (*model, row.tokens)].append(row)
+    for (size, _, tokens), group in trained.items():
         if len({row.mean_loops for row in group}) >= LEAST_DEPTHS:
             ordered = sorted(group, key=lambda row: (row.mean_loops, row.seed))
             loops, losses = tuple(row.mean_loops for row in ordered), tuple(row.loss(unit) for row in ordered)

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.fitting.study import Study
+from launch.settings import BadInputError
 
 Mode = Literal["online", "offline"]
 
 
 def report_to_wandb(study: Study, pictures: Sequence[Path], folder: Path, mode: Mode, project: str, name: str) -> None:
-    """One W&B run, of type ``fit``, in ``folder/wandb``."""
+    """One W&B run, of type ``fit``, in ``folder/wandb``; ``BadInputError`` when W&B does not start one."""
     import wandb
 
-    run: Any = wandb.init(
-        project=project,
-        name=name,
-        job_type="fit",
-        dir=str(folder),
-        mode=mode,
-        config={**study.to_json()["settings"], "cells": [row.cell for row in study.runs.rows]},
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    try:
+        run: Any = wandb.init(
+            project=project,
+            name=name,
+            job_type="fit",
+            dir=str(folder),
+            mode=mode,
+            config={**study.to_json()["settings"], "cells": [row.cell for row in study.runs.rows]},
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.errors.Error as error:
+        raise BadInputError(f"--wandb {mode}: {error}; the fit itself is written; try --wandb offline") from None
     laws = wandb.Table(columns=["law", "coefficient", "value", "low", "high"], data=law_rows(study))
     measured = wandb.Table(columns=["cell", "N", "tokens", "loops", "FLOPs", "loss", *study.laws], data=run_rows(study))
     optimum = wandb.Table(

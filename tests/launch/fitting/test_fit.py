@@ -206,3 +206,19 @@ def test_too_few_runs_to_draw_from_have_no_intervals_and_say_so(
     assert set(law["intervals"].values()) == {None}
     assert "too few runs to draw from" in law["no_intervals"]
     assert "note: chinchilla: no intervals: too few runs to draw from" in capsys.readouterr().out
+
+
+def test_wandb_that_does_not_start_is_one_line_and_the_fit_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**settings: Any) -> None:
+        raise wandb.errors.UsageError("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    path = write_rows(tmp_path / "results.jsonl", isoflop_rows(looped_loss(), levels=[1e16], depths=[1]))
+    options = ["--laws", "isoflop", "--resamples", "0", "--wandb", "online"]
+    with pytest.raises(BadInputError, match="--wandb online: no API key configured; the fit itself is written"):
+        main([str(path), *options])
+    assert (tmp_path / "fit.json").exists()

@@ -203,3 +203,10 @@ def test_a_family_is_not_read_from_what_does_not_show_it() -> None:
     rows = [row for row in isoflop_rows(looped_loss()) if (row["size"] == "d128") == (row["mean_loops"] == 1)]
     rows = [row for row in rows if row["mean_loops"] in (1, 2)]  # each size at one depth
     assert "fewer than two sizes have several depths" in str(family_of(runs_of(rows)))
+
+
+def test_sizes_of_two_sweeps_that_share_a_name_are_not_one_series() -> None:
+    rows = [make_row(128, T, 1e8, 4.0) for T in (1, 2)]
+    wide = [make_row(256, T, 1e8, 3.5) for T in (4, 8)]
+    rows += [{**row, "size": "d128"} for row in wide]
+    assert depth_series([ResultRow.model_validate(row) for row in rows], "nats") == []

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from tiny_sweep import base_settings
 
+from launch.fitting.runs import read_rows
 from launch.settings import BadInputError
 from launch.sweep import load_sweep, main
 from launch.sweeping import local
@@ -282,6 +283,12 @@ def test_finished_cells_are_evaluated_by_depth_once_and_the_rows_say_what_came_o
     }
     assert rows["d24-s1"]["by_loops"] is None
     assert calls == [("d16-s0", [1, 4]), ("d16-s1", [1, 4])]
+    read = {row.cell: row for row in read_rows([tmp_path / "runs" / "small" / "results.jsonl"])}
+    assert read["d16-s0"].losses_by_loops("bits") == {1: 3.0, 4: 2.25}
+    counts = rows["d16-s0"]["parameters"]
+    assert read["d16-s0"].counts("active") == (counts["once"], counts["active_recurrent"])
+    assert sum(read["d16-s0"].counts("non_embedding")) == counts["non_embedding"]
+    assert sum(read["d16-s0"].counts("total")) == counts["total"]
     main([str(path), "--evaluate", "1,4"])
     assert len(calls) == 2, "known depths were computed again"
     main([str(path), "--evaluate", "2"])
@@ -292,3 +299,9 @@ def test_finished_cells_are_evaluated_by_depth_once_and_the_rows_say_what_came_o
     )
     assert main([str(path), "--collect"]) == 0
     assert {row["cell"]: row["by_loops"] for row in rows_of(tmp_path)}["d16-s0"] is None
+
+
+@pytest.mark.parametrize("mode", [["--collect"], ["--evaluate", "1,2"]], ids=lambda mode: mode[0])
+def test_what_starts_nothing_submits_nothing_either(write_sweep: WriteSweep, mode: list[str]) -> None:
+    with pytest.raises(BadInputError, match=f"{mode[0]}: works on this machine"):
+        main([str(write_sweep()), "--executor", "slurm", *mode])
