@@ -238,8 +238,11 @@ def test_mistakes_end_in_one_line(exported: Path, tmp_path: Path, capsys: pytest
     )
     assert "--loops 0" in one_line(capsys, "--run", run, "--out", new, "--loops", "0")
     assert "name a --step whose checkpoint is intact" in one_line(capsys, "--run", run, "--out", new, "--step", "4")
-    assert "only 3 is sharded" in one_line(capsys, "--run", run, "--out", new, "--form", "sharded").replace(
-        "zero_pp", "only 3 is sharded"
+    assert "not the weights of its configuration: missing" in one_line(
+        capsys, "--run", run, "--out", new, "--form", "sharded"
+    )
+    assert "make its universal form first: python launch/reshape.py --run" in one_line(
+        capsys, "--run", run, "--out", new, "--form", "universal"
     )
     assert "is there already" in one_line(capsys, "--import", out, "--run", run)
     assert "no exported model" in one_line(capsys, "--import", run + "/tokenizer", "--run", new)
