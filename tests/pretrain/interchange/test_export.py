@@ -164,6 +164,8 @@ def test_zero3_partitions_are_put_together_in_order(tmp_path: Path) -> None:
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(source.load()(ids, 3), model(ids, 3))
+    options = ["--run", str(tmp_path / "a_run"), "--temperature", "0", "--max-new-tokens", "4", "--prompt", "The"]
+    assert generate_text(parse_arguments(options)).startswith("The"), "a run without plain weights generates too"
     assert main(["--run", str(tmp_path / "a_run"), "--out", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
     exported = weights_in(tmp_path / "out")
     assert {name.removeprefix("model.") for name in exported} == {name for name, _ in model.named_parameters()}
