@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pretrain.config import TrainingConfig
 
 KV_BYTES_PER_NUMBER = 2  # the decoding cache in 16 bits
+_ONCE = ("prelude", "core fusion", "coda", "norms")  # parts that no loop runs again, the two tables apart
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Budget:
     parameters: int
     active_parameters: int
     non_embedding_parameters: int  # without the embedding table and the head
+    once_parameters: int  # of those: in what a token passes once (prelude, coda, norms, fusion); no depth heads
+    recurrent_parameters: int  # in the looped core, all its experts
+    active_recurrent_parameters: int  # in the looped core, without the experts that a token is not sent to
     tokens: int
     executed_loops: float
     training_flops: float  # forward and backward of the executed loops
@@ -56,6 +60,9 @@ def budget_of(config: TrainingConfig, source: str) -> Budget:
     _refuse_stages(config, source)
     weights = model_weights(config.model)
     parts = weights.by_part()
+    active = active_parameters(config.model)
+    once = sum(parts.get(part, 0) for part in _ONCE)
+    tables = parts["embedding"] + parts.get("head", 0)
     loops = Counter(itertools.islice(loops_of_steps(config), config.schedule.steps))
     flops_of, steps, step_tokens = _token_flops(config), config.schedule.steps, _step_tokens(config)
     trained = sum(count * flops_of(depth)[0] for depth, count in loops.items())
@@ -63,8 +70,11 @@ def budget_of(config: TrainingConfig, source: str) -> Budget:
     cache = cache_bytes(config.model, config.mean_loops, KV_BYTES_PER_NUMBER)
     return Budget(
         parameters=weights.total,
-        active_parameters=active_parameters(config.model),
-        non_embedding_parameters=weights.total - parts["embedding"] - parts.get("head", 0),
+        active_parameters=active,
+        non_embedding_parameters=weights.total - tables,
+        once_parameters=once,
+        recurrent_parameters=weights.total - tables - once - parts.get("depth heads", 0),
+        active_recurrent_parameters=active - tables - once,
         tokens=steps * step_tokens,
         executed_loops=sum(count * depth for depth, count in loops.items()) / steps,
         training_flops=trained * step_tokens,

@@ -10,9 +10,9 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -147,15 +147,17 @@ def parse_settings(model: type[SettingsT], values: dict[str, Any], source: str) 
 
 
 def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
-    location = [str(part) for part in error["loc"]]
+    location, section = _as_written(model, [str(part) for part in error["loc"]])
     key = ".".join(location) or "(whole file)"
     if error["type"] == "extra_forbidden":
-        accepted = _accepted_keys(model, location[:-1])
+        accepted = sorted(section.model_fields)
         close = difflib.get_close_matches(location[-1], accepted, n=1)
         hint = f"did you mean {close[0]}?" if close else "remove it."
         return f"{key} = {render_value(error['input'])}: unknown key; {hint} Accepted here: {', '.join(accepted)}"
     if error["type"] == "missing":
         return f"{key}: is required and missing"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _describe_kind(error, location)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         # A section's own check: its message begins with the key inside the section.
@@ -163,19 +165,53 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{key} = {render_value(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _accepted_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+def _describe_kind(error: ErrorDetails, location: Sequence[str]) -> str:
+    """The key that says which of several sections this is has a value that none has, or is missing."""
+    context = error["ctx"]
+    key = ".".join([*location, context["discriminator"].strip("'")])
+    if error["type"] == "union_tag_not_found":
+        return f"{key}: is required and missing"
+    accepted = context["expected_tags"].replace("'", "")
+    return f"{key} = {render_value(context['tag'])}: unknown; accepted: {accepted}"
+
+
+def _as_written(model: type[BaseModel], location: Sequence[str]) -> tuple[list[str], type[BaseModel]]:
+    """An error's location as the user wrote it, and the section that its last part is, or would be, a key of.
+
+    Pydantic names which of several sections it took (by the value of their discriminating key): no key of the file.
+    """
+    written: list[str] = []
+    sections, holder = [model], model
     for part in location:
-        field = model.model_fields.get(part)
-        if field is not None:  # else an index into a list of sections, or the tag of one of several
-            model = _section_in(field.annotation) or model
-    return sorted(model.model_fields)
+        if len(sections) > 1 and (tagged := [section for section in sections if part in _tags(section)]):
+            sections = tagged
+            continue
+        written.append(part)
+        holder = sections[0]
+        field = holder.model_fields.get(part)
+        if field is not None:  # else an index into a list of sections, or a key that is not accepted
+            sections = list(_sections_in(field.annotation)) or sections
+    return written, holder
 
 
-def _section_in(annotation: object) -> type[BaseModel] | None:
-    """The first model that ``annotation`` mentions: in ``Section``, ``Section | None``, ``tuple[Section, ...]``."""
+def _tags(section: type[BaseModel]) -> set[str]:
+    """The constants that the section's fields take: among them the one that tells it from its alternatives."""
+    return {
+        value
+        for field in section.model_fields.values()
+        if get_origin(field.annotation) is Literal
+        for value in get_args(field.annotation)
+        if isinstance(value, str)
+    }
+
+
+def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The models that ``annotation`` mentions: in ``Section``, ``Section | None``, ``tuple[Section, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _sections_in(part)
 
 
 def exit_with_status(main: Callable[[], int]) -> NoReturn:

@@ -7,6 +7,7 @@ a run directory for each cell, and ``results.jsonl`` with a row for each finishe
 
     --dry-run        show the cells and their budgets, or with --executor slurm the command; start nothing
     --collect        start nothing; write results.jsonl of what is finished, and show it
+    --evaluate 1,2,4,8   evaluate what is finished at these depths, write results.jsonl with the losses; trains nothing
     --cell INDEX     for slurm/scaling.sh: print the configuration of one cell for training to start with
 
 Exit status: 0 all cells finished; 75 asked to stop, cells saved; 78 wrong configuration or data, of the sweep (then
@@ -34,6 +35,7 @@ from launch.settings import (
     exit_with_status,
     load_settings,
 )
+from launch.sweeping.depths import evaluate_cells
 from launch.sweeping.folder import CellFolder, open_cells
 from launch.sweeping.grid import expand_grid
 from launch.sweeping.local import CellRun, LocalRunner, Stop
@@ -55,8 +57,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--dry-run", action="store_true", help="show what would be done")
     modes.add_argument("--collect", action="store_true", help="write the results of what is finished")
+    modes.add_argument("--evaluate", type=depth_list, metavar="1,2,4,8", help="losses of finished cells by depth")
     modes.add_argument("--cell", type=int, metavar="INDEX", help="prepare one cell, print its configuration's path")
     return parser.parse_args(arguments)
+
+
+def depth_list(text: str) -> list[int]:
+    """Loops of at least 1, as ``1,2,4,8`` says; for argparse."""
+    depths = sorted({int(part) for part in text.split(",")})
+    if depths[0] < 1:
+        raise ValueError
+    return depths
 
 
 def load_sweep(path: Path, parallel: int | None = None) -> tuple[SweepSettings, list[CellFolder]]:
@@ -84,8 +95,23 @@ def main(arguments: list[str] | None = None) -> int:
         runs = [CellRun(folder, "finished" if folder.is_finished() else "waiting") for folder in folders]
         console.print(SweepTable(runs, console).render())
         return EXIT_FINISHED
+    if options.evaluate is not None:
+        with sweep_lock(sweep.path, COLLECT_WAIT_SECONDS):
+            return evaluate_depths(sweep, folders, options.evaluate, console)
     with sweep_lock(sweep.path):
         return run_local(sweep, folders, console)
+
+
+def evaluate_depths(sweep: SweepSettings, folders: list[CellFolder], depths: list[int], console: Console) -> int:
+    """Evaluate the finished cells at ``depths``, and collect; the exit status. The caller holds the sweep's lock."""
+
+    def collect() -> None:
+        write_results(sweep.path, folders)
+
+    collect()
+    refused = evaluate_cells(folders, depths, console.print, collect)
+    console.print(f"results: {sweep.path / RESULTS}")
+    return EXIT_BAD_INPUT if refused else EXIT_FINISHED
 
 
 def run_local(sweep: SweepSettings, folders: list[CellFolder], console: Console) -> int:

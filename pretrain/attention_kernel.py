@@ -59,7 +59,7 @@ def choose_attention(
 
 def _what_hides_keys(config: TrainingConfig) -> str | None:
     """What of the run needs a mask beyond causality, in words; None: nothing."""
-    model, longest = config.model, config.data.sequence_length
+    model, longest = config.model, config.data.longest_row
     windows = []
     if model.sliding_window is not None and model.sliding_window < longest:
         windows.append(f"a window of {model.sliding_window}")

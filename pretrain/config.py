@@ -18,7 +18,7 @@ from model.families import PRESETS
 from model.fp8 import Fp8Part, RecipeName
 from model.megablocks import BLOCK as MEGABLOCKS_BLOCK
 from model.remat import RematOnce, RematPolicy
-from pretrain.tasks import AnyTask
+from pretrain.tasks import AnyTask, Task
 
 
 class Section(BaseModel):
@@ -149,6 +149,12 @@ class DataSection(Section):
     def all_sources(self) -> tuple[SourceSection, ...]:
         """The sources; of ``path`` alone the one it is."""
         return self.sources or (SourceSection(path=self.path),)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row: of training, or of evaluation where a task asks longer problems."""
+        tasks = (source.task for source in self.all_sources)
+        return max(self.sequence_length, *(task.longest_row for task in tasks if task is not None), 0)
 
     @property
     def folders(self) -> list[str]:
@@ -331,6 +337,9 @@ class PrecisionSection(Section):
     fp8_exclude: tuple[Fp8Part, ...] = Field((), description="parts whose products stay in dtype under an FP8 recipe")
 
 
+DEFAULT_SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's
+
+
 class ParallelSection(Section):
     """How the engine spreads the run over its ranks."""
 
@@ -357,6 +366,12 @@ class ParallelSection(Section):
     )
     fp8_dispatch: bool = Field(
         False, description="rows travel to the experts of other ranks in eight bits, whatever precision.recipe is"
+    )
+    reduce_bucket_size: int = Field(
+        500_000_000, ge=1, description="gradients collected before they are reduced, in elements: a buffer of this size"
+    )
+    sub_group_size: int = Field(
+        DEFAULT_SUB_GROUP_SIZE, ge=1, description="elements of a rank that the ZeRO-3 optimizer steps at once, in fp32"
     )
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
@@ -551,6 +566,9 @@ class TrainingConfig(Section):
         for index, stage in enumerate(self.data.stages):
             if stage.mean_loops is not None:
                 self._check_stage_depth(f"data.stages.{index}.mean_loops", stage.mean_loops)
+        for index, source in enumerate(self.data.all_sources):
+            if source.task is not None:
+                self._check_task_fits(index, source.task)
         if self.optim.kind == "muon":
             self._check_muon()
         experts, size = self.model.n_experts, self.parallel.expert_parallel_size
@@ -589,6 +607,33 @@ class TrainingConfig(Section):
                     )
         return self
 
+    def _check_task_fits(self, index: int, task: Task) -> None:
+        """Every row holds the longest training problem; the model can be asked the longest problem of all."""
+        what = f"data.sources.{index}.task"
+        resolved = self.data.all_stages[-len(self.data.stages) :]
+        for number, stage in enumerate(self.data.stages):
+            too_short = stage.sequence_length is not None and stage.sequence_length <= task.longest
+            if too_short and resolved[number].weights[index] > 0:
+                raise SettingError(
+                    f"data.stages.{number}.sequence_length",
+                    stage.sequence_length,
+                    f"a problem of {what} has up to {task.longest + 1} tokens; use that or more",
+                )
+        asked = task.longest_asked
+        # Between two end tokens.
+        if task.longest_row + 1 > self.model.max_seq_len:
+            raise SettingError(
+                "model.max_seq_len",
+                self.model.max_seq_len,
+                f"{what} asks problems of up to {task.longest_row + 1} tokens; raise it to that, or ask smaller ones",
+            )
+        if asked.answer + 1 > self.model.max_output_tokens:
+            raise SettingError(
+                "model.max_output_tokens",
+                self.model.max_output_tokens,
+                f"answers of {what} have up to {asked.answer + 1} tokens; raise it to that, or ask smaller problems",
+            )
+
     def _check_muon(self) -> None:
         if self.parallel.zero_stage != 3:
             raise SettingError("optim.kind", "muon", f"needs parallel.zero_stage = 3, not {self.parallel.zero_stage}")
@@ -621,6 +666,22 @@ class TrainingConfig(Section):
     def shallowest_step(self) -> int:
         """Fewest loops a step may run."""
         return self.mean_loops if self.loop.distribution == "fixed" else self.loop.min_loops
+
+    @property
+    def deepest_step(self) -> int:
+        """Most loops a step may run, in any stage."""
+        means = [self.mean_loops, *(stage.mean_loops for stage in self.data.stages if stage.mean_loops is not None)]
+        return max(map(self._deepest_draw, means))
+
+    def _deepest_draw(self, mean_loops: int) -> int:
+        """The largest value of ``pretrain.loop_depth.sample_loops``."""
+        loop = self.loop
+        if loop.distribution == "fixed" or mean_loops == 1:
+            return mean_loops
+        limit = loop.max_loops or 2 * mean_loops
+        if loop.distribution == "uniform":
+            limit = min(limit, 2 * mean_loops - loop.min_loops)
+        return max(loop.min_loops, limit)
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-batches a rank runs in an optimizer step (``check_topology`` has seen that they divide)."""

@@ -113,6 +113,8 @@ def _zero_section(config: TrainingConfig) -> dict[str, Any]:
     section: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "contiguous_gradients": True,
+        "reduce_bucket_size": parallel.reduce_bucket_size,
+        "sub_group_size": parallel.sub_group_size,
         "overlap_comm": torch.cuda.is_available(),
     }
     if config.optim.kind == "muon":
@@ -167,7 +169,7 @@ def _expert_parallel_section(config: TrainingConfig) -> dict[str, Any]:
     }
     if config.parallel.comm_backend == "deepep":
         sequences = max(config.parallel.micro_batch_size, config.eval.micro_batch_size or 0)
-        section.update(comm_backend="deepep", comm_max_tokens_per_rank=sequences * config.data.sequence_length)
+        section.update(comm_backend="deepep", comm_max_tokens_per_rank=sequences * config.data.longest_row)
     if model.n_shared_experts > 0:
         section["shared_experts_pattern"] = SHARED_EXPERTS
     if model.moe_n_groups > 1:

@@ -4,8 +4,8 @@
 compressor. Every target counts, the end-of-document ones too, which stand for no byte.
 
 As a command, ``python pretrain/evaluate.py --run DIR`` loads the newest intact checkpoint of a run into the plain model
-and sweeps the depth. Of tasks it also tells what greedy decoding solves, by difficulty, and of an Apex model what its
-verifier's scores are worth at each step.
+and sweeps the depth, group by group (``pretrain.depth_groups``): the domains of texts, and of tasks what greedy
+decoding solves, by difficulty. Of an Apex model it also tells what its verifier's scores are worth at each step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,11 +37,14 @@ from model.loop_gain import measured_gain
 from model.token_loss import IGNORED_TARGET
 from pretrain.config import TrainingConfig
 from pretrain.data import AnyHeldOut, Batch, TaskHeldOut, held_out_sets, validation_batches
+from pretrain.depth_groups import GroupSweep, group_table, task_groups, text_groups
 from pretrain.engine import TrainingEngine
 from pretrain.loaded_run import load_run
-from pretrain.plots import plot_depth_sweep
+from pretrain.plots import plot_depth_by_group, plot_depth_sweep
 from pretrain.tasks.scoring import Score, exact_match
 from pretrain.verifier_report import StepReport, report_verifier
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Losses:
     tokens: int
     text_bytes: int
     bits_per_byte_by_domain: dict[str, float]
+    text_bytes_by_domain: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,14 @@ class RunEvaluation:
     """What is known of a run's newest checkpoint.
 
     ``by_loops`` and ``dynamics``: the losses, and what the loop does, by depth. ``exact_match``: by depth, then by
-    "source/difficulty"; empty without tasks. ``verifier``: for each step; empty for all but Apex.
+    "source/difficulty"; empty without tasks. ``groups``: both again, group by group. ``verifier``: for each step; empty
+    for all but Apex.
     """
 
     by_loops: dict[int, Evaluation]
     dynamics: dict[int, LoopDynamics]
     exact_match: dict[int, dict[str, Score]]
+    groups: list[GroupSweep]
     verifier: list[StepReport]
 
 
@@ -111,13 +119,17 @@ class Tally:
         sums = self._sums if summed is None else torch.tensor(summed, dtype=torch.float64).view_as(self._sums)
         wanted = [number for number, name in enumerate(self._domains) if domains is None or name in domains]
         losses, tokens, bytes_ = (row[wanted].sum().item() for row in sums)
-        by_domain = {
-            self._domains[number]: float(sums[0, number]) / math.log(2) / max(float(sums[2, number]), 1.0)
-            for number in wanted
-            if sums[2, number] > 0
-        }
+        seen = [number for number in wanted if sums[2, number] > 0]
         return Losses(
-            losses / math.log(2) / max(bytes_, 1.0), losses / max(tokens, 1.0), int(tokens), int(bytes_), by_domain
+            bits_per_byte=losses / math.log(2) / max(bytes_, 1.0),
+            nats_per_token=losses / max(tokens, 1.0),
+            tokens=int(tokens),
+            text_bytes=int(bytes_),
+            bits_per_byte_by_domain={
+                self._domains[number]: float(sums[0, number]) / math.log(2) / max(float(sums[2, number]), 1.0)
+                for number in seen
+            },
+            text_bytes_by_domain={self._domains[number]: int(sums[2, number]) for number in seen},
         )
 
 
@@ -198,9 +210,9 @@ def gzip9_bits_per_byte(dataset: Dataset) -> float:
     return 8 * manifest.validation_documents.gzip9_bytes / manifest.validation.total.utf8_bytes
 
 
-def default_depths(mean_loops: int) -> list[int]:
-    """1, 2, T and 2T."""
-    return sorted({1, 2, mean_loops, 2 * mean_loops})
+def default_depths(mean_loops: int, deepest: int | None = None) -> list[int]:
+    """1, 2, T and 2T; and the deepest trained depth and twice that, where ``deepest`` is given."""
+    return sorted({1, 2, mean_loops, 2 * mean_loops, *((deepest, 2 * deepest) if deepest else ())})
 
 
 def _positive(text: str) -> int:
@@ -221,12 +233,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="Held-out bits per byte of a run's newest checkpoint, by loop depth.")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory, such as runs/ice_tiny")
-    parser.add_argument("--loops", type=_depth_list, metavar="1,2,4", help="depths; default 1, 2, T, 2T")
+    parser.add_argument(
+        "--loops", type=_depth_list, metavar="1,2,4", help="depths; default 1, 2, T, 2T, more for tasks"
+    )
     parser.add_argument(
         "--sequences",
         type=_positive,
         metavar="N",
         help="how many validation sequences, evenly spaced; default all",
+    )
+    parser.add_argument(
+        "--problems", type=_positive, metavar="N", help="how many problems of each difficulty of a task; default all"
     )
     harness = parser.add_argument_group("lm-evaluation-harness", "instead of held-out text; docs/interchange.md")
     harness.add_argument("--tasks", metavar="NAME,NAME", help="tasks of the harness, or of files in --task-path")
@@ -239,26 +256,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.tasks is not None:
         return _run_harness(options)
-    evaluation = evaluate_run(options.run, options.loops, options.sequences)
+    evaluation = evaluate_run(options.run, options.loops, options.sequences, options.problems)
     results, dynamics = evaluation.by_loops, evaluation.dynamics
     console = Console()
     table = Table(title=f"held-out bits per byte of {options.run}")
-    any_result = next(iter(results.values()))
-    domains, sources = list(any_result.bits_per_byte_by_domain), list(any_result.by_source)
-    for column in ("loops", "all", *domains, *(f"source {name}" for name in sources), "residual", "gain"):
+    sources = list(next(iter(results.values())).by_source)
+    for column in ("loops", "all", *(f"source {name}" for name in sources), "residual", "gain"):
         table.add_column(column, justify="right")
     for depth, result in results.items():
         table.add_row(
             str(depth),
             f"{result.bits_per_byte:.4f}",
-            *(f"{result.bits_per_byte_by_domain[domain]:.4f}" for domain in domains),
             *(f"{result.by_source[name].bits_per_byte:.4f}" for name in sources),
             f"{dynamics[depth].residual:.3f}",
             " ".join(f"{gain:.2f}" for gain in dynamics[depth].gains),
         )
     console.print(table)
-    if evaluation.exact_match:
-        console.print(_task_table(evaluation.exact_match))
+    for measure in ("bits_per_byte", "accuracy"):
+        if groups := [group for group in evaluation.groups if group.measure == measure]:
+            console.print(group_table(groups))
     if evaluation.verifier:
         console.print(_verifier_table(evaluation.verifier))
     console.print(f"written to {options.run / 'evaluation.json'}", highlight=False)
@@ -300,22 +316,6 @@ def _run_harness(options: argparse.Namespace) -> int:
     return 0
 
 
-def _task_table(by_loops: dict[int, dict[str, Score]]) -> Table:
-    """Solved problems by depth and difficulty."""
-    table = Table(title="held-out problems solved by greedy decoding (loops used where the core counts them)")
-    table.add_column("loops", justify="right")
-    names = list(next(iter(by_loops.values())))
-    for name in names:
-        table.add_column(f"{name}, {by_loops[min(by_loops)][name].problems}", justify="right")
-    for depth, scores in by_loops.items():
-        cells = []
-        for name in names:
-            used = scores[name].loops_used
-            cells.append(f"{scores[name].accuracy:.1%}" + ("" if used is None else f" ({used:.2f})"))
-        table.add_row(str(depth), *cells)
-    return table
-
-
 def _verifier_table(steps: list[StepReport]) -> Table:
     table = Table(title="the verifier: scores against what was right, before and after calibration")
     for column in ("step", "tokens", "accuracy", "mean score", "Brier", "ECE", "calibrated Brier", "calibrated ECE"):
@@ -326,10 +326,13 @@ def _verifier_table(steps: list[StepReport]) -> Table:
     return table
 
 
-def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | None = None) -> RunEvaluation:
+def evaluate_run(
+    run: Path, depths: list[int] | None = None, sequences: int | None = None, problems: int | None = None
+) -> RunEvaluation:
     """Evaluate the newest intact checkpoint of ``run`` at ``depths`` on ``sequences`` of the validation split.
 
-    None means the default depths, and the whole split. Writes ``evaluation.json`` and a picture.
+    ``problems`` limits those of each difficulty of a task. None means the default depths, the whole split, and all
+    problems. Writes ``evaluation.json`` and pictures.
     """
     loaded = load_run(run)
     config, model = loaded.config, loaded.model
@@ -342,7 +345,8 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
     results: dict[int, Evaluation] = {}
     dynamics: dict[int, LoopDynamics] = {}
     exact: dict[int, dict[str, Score]] = {}
-    for depth in depths or default_depths(config.mean_loops):
+    has_tasks = any(isinstance(entry, TaskHeldOut) for entry in held_out)
+    for depth in depths or default_depths(config.mean_loops, config.deepest_step if has_tasks else None):
 
         def forward(batch: Batch, n_loops: int = depth) -> Tensor:
             output = model(
@@ -353,14 +357,13 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
 
         tallies = []
         for entry, of_entry in zip(held_out, batches, strict=True):
-            watched = track(
-                of_entry, description=f"evaluating at {depth} loops", transient=True, disable=not sys.stdout.isatty()
-            )
+            watched = _watched(of_entry, f"evaluating at {depth} loops")
             tallies.append(tally_plain(forward, watched, entry.dataset.domains, token_bytes_V))
         results[depth] = combine(held_out, tallies)
         dynamics[depth] = _measure_dynamics(model, batches[0][0].input_ids[:4], depth)
-        if solved := _solve(model, held_out, depth):
+        if solved := _solve(model, held_out, depth, problems):
             exact[depth] = solved
+    groups = [*text_groups(results, held_out), *task_groups(exact, held_out)]
     verifier = report_verifier(model, batches[0], config.mean_loops) if config.model.core == "apex" else []
     write_json_atomically(
         run / "evaluation.json",
@@ -368,6 +371,8 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
             "checkpoint": loaded.checkpoint.name,
             "by_loops": {depth: asdict(result) | asdict(dynamics[depth]) for depth, result in results.items()},
             **({"exact_match": _plain_scores(exact)} if exact else {}),
+            "trained_loops": [config.shallowest_step, config.deepest_step],
+            "groups": [asdict(group) for group in groups],
             **({"verifier": [asdict(step) for step in verifier]} if verifier else {}),
         },
     )
@@ -376,18 +381,27 @@ def evaluate_run(run: Path, depths: list[int] | None = None, sequences: int | No
         config.mean_loops,
         run / "plots" / "depth.png",
     )
-    return RunEvaluation(results, dynamics, exact, verifier)
+    if groups:
+        plot_depth_by_group(groups, (config.shallowest_step, config.deepest_step), run / "plots" / "depth_by_group.png")
+    return RunEvaluation(results, dynamics, exact, groups, verifier)
 
 
-def _solve(model: IceModel, held_out: Sequence[AnyHeldOut], n_loops: int) -> dict[str, Score]:
-    """Exact match on every task's held-out problems, by "source/difficulty"."""
+def _solve(model: IceModel, held_out: Sequence[AnyHeldOut], n_loops: int, limit: int | None = None) -> dict[str, Score]:
+    """Exact match on every task's held-out problems, ``limit`` of each difficulty, by "source/difficulty"."""
     scores: dict[str, Score] = {}
     for entry in held_out:
         if isinstance(entry, TaskHeldOut):
             (source, *_) = entry.sources
-            by_difficulty = exact_match(model, entry.dataset, entry.problems, n_loops)
+            problems = entry.first_problems(limit)
+            watch = partial(_watched, description=f"solving at {n_loops} loops")
+            by_difficulty = exact_match(model, entry.dataset, problems, n_loops, watch)
             scores |= {f"{source}/{difficulty}": score for difficulty, score in by_difficulty.items()}
     return scores
+
+
+def _watched(work: list[_T], description: str) -> Iterable[_T]:
+    """The pieces of work, with a progress bar on a terminal."""
+    return track(work, description=description, transient=True, disable=not sys.stdout.isatty())
 
 
 def _plain_scores(by_loops: dict[int, dict[str, Score]]) -> dict[int, dict[str, dict[str, float | None]]]:

@@ -29,7 +29,7 @@ from launch.settings import (
     exit_with_status,
     load_settings,
 )
-from pretrain.config import TrainingConfig, check_topology
+from pretrain.config import DEFAULT_SUB_GROUP_SIZE, TrainingConfig, check_topology
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import TrainingState
@@ -171,7 +171,7 @@ def _train_watched(
     from pretrain.tracking import new_wandb_id
     from pretrain.trainer import Trainer, TrainingFailedError
 
-    place, run_path = engine.place, config.run.path
+    place, run_path, sub_groups = engine.place, config.run.path, config.parallel.sub_group_size
     identity = RunIdentity(
         model=config.model.model_dump(mode="json"),
         data=sampler.identity(),
@@ -182,6 +182,8 @@ def _train_watched(
             "dtype": engine.precision.name,
             # Absent for AdamW, as in checkpoints of before there was a choice.
             **({} if config.optim.kind == "adamw" else {"optimizer": config.optim.kind}),
+            # Absent where nobody has chosen one, likewise.
+            **({} if sub_groups == DEFAULT_SUB_GROUP_SIZE else {"sub_group_size": sub_groups}),
         },
     )
     notices: list[str] = []

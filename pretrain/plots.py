@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from torch import Tensor
@@ -13,6 +14,9 @@ from pretrain.metrics import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from pretrain.depth_groups import GroupSweep
 
 
 def _smoothed(values: list[float], window: int) -> list[float]:
@@ -92,6 +96,28 @@ def plot_depth_sweep(bits_per_byte: dict[int, float], trained_loops: int, pictur
     axis.minorticks_off()  # a log axis labels its minor ticks too
     axis.grid(alpha=0.3)
     axis.legend()
+    _write(figure, picture)
+
+
+def plot_depth_by_group(groups: Sequence[GroupSweep], trained: tuple[int, int], picture: Path) -> None:
+    """What each group gives against the number of loops, a panel for each source; the ``trained`` depths shaded."""
+    panels = list(dict.fromkeys((group.source, group.measure) for group in groups))
+    size = (6.0 * len(panels), 4.0)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        shown = [group for group in groups if (group.source, group.measure) == panel]
+        depths = sorted(shown[0].by_loops)
+        for group in shown:
+            style = "-" if group.trained else "--"
+            axis.plot(depths, [group.by_loops[depth] for depth in depths], style, marker="o", label=group.description)
+        axis.axvspan(*trained, color="tab:gray", alpha=0.15, label="trained depths")
+        axis.set(xlabel="loops", ylabel=shown[0].measure.replace("_", " "), title=shown[0].source, xscale="log")
+        if shown[0].measure == "accuracy":
+            axis.set_ylim(-0.02, 1.02)
+        axis.set_xticks(depths, [str(depth) for depth in depths])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     _write(figure, picture)
 
 

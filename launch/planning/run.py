@@ -128,6 +128,7 @@ def planned_run(config: TrainingConfig, ranks: int, dtype_bytes: int) -> Planned
         fp8_dispatch=parallel.fp8_dispatch,
         zero_init=parallel.zero_init,
         muon=config.optim.kind == "muon",
+        engine=EngineSettings(reduce_bucket_size=parallel.reduce_bucket_size, sub_group_size=parallel.sub_group_size),
         recipe=config.precision.recipe,
         fp8_exclude=config.precision.fp8_exclude,
         offload_optimizer=parallel.offload_optimizer != "none",

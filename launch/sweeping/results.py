@@ -16,6 +16,7 @@ from launch.settings import read_json_object
 from launch.sweeping.folder import RECORD, CellFolder
 
 RESULTS = "results.jsonl"
+EVALUATION = "evaluation.json"  # what pretrain/evaluate.py writes into a run
 LAST_SHARE = 0.1  # of the steps, over which the training loss is averaged
 
 
@@ -39,6 +40,9 @@ def result_row(folder: CellFolder) -> dict[str, Any]:
             "total": budget.parameters,
             "active": budget.active_parameters,
             "non_embedding": budget.non_embedding_parameters,
+            "once": budget.once_parameters,
+            "recurrent": budget.recurrent_parameters,
+            "active_recurrent": budget.active_recurrent_parameters,
         },
         "steps": cell.steps,
         "tokens": training[-1]["tokens"],
@@ -46,12 +50,32 @@ def result_row(folder: CellFolder) -> dict[str, Any]:
         "train_loss": sum(last) / len(last) if last else None,
         "validation_loss": evaluation["validation_nats_per_token"],
         "bits_per_byte": evaluation["validation_bits_per_byte"],
+        "by_loops": losses_by_loops(folder),
         "seconds": sum(line["step_seconds"] for line in training),
         "skipped_steps": training[-1].get("skipped_steps", 0),
         "config_hash": folder.hash,
         "data": record["data"],
         "versions": record["versions"],
         "budget": asdict(budget),
+    }
+
+
+def losses_by_loops(folder: CellFolder) -> dict[str, dict[str, float]] | None:
+    """Held-out losses of a finished cell by depth at test time; None until its last checkpoint has been evaluated so.
+
+    ``{"4": {"validation_loss": nats a token, "bits_per_byte": ...}, ...}``, from ``pretrain/evaluate.py``.
+    """
+    from pretrain.checkpoint import step_folder_name
+
+    path = folder.path / EVALUATION
+    if not path.is_file():
+        return None
+    found = read_json_object(path)
+    if found["checkpoint"] != step_folder_name(folder.cell.steps):
+        return None
+    return {
+        loops: {"validation_loss": losses["nats_per_token"], "bits_per_byte": losses["bits_per_byte"]}
+        for loops, losses in found["by_loops"].items()
     }
 
 

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from launch.readable import readable
 from launch.sweeping.folder import CellFolder, last_metrics
 from launch.sweeping.local import CellRun, State
 
@@ -97,14 +98,6 @@ def final_bits(folder: CellFolder) -> float | None:
         line["validation_bits_per_byte"] for line in last_metrics(folder.path) if "validation_bits_per_byte" in line
     ]
     return float(found[-1]) if found else None
-
-
-def readable(number: float) -> str:
-    """Three digits and a unit: 1880065 is 1.88M."""
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return f"{number:g}"
 
 
 def _duration(seconds: float) -> str:

@@ -15,8 +15,8 @@ from pretrain.data import past_of
 
 FORMAT_VERSION = 1
 # What of the topology may differ from a checkpoint's: it is then converted (universal.py). The dtype may between bf16
-# and fp32; fp16 has a loss scale, which the other form does not keep.
-ELASTIC = ("ranks", "expert_parallel_size", "dtype")
+# and fp32; fp16 has a loss scale, which the other form does not keep. Sub-groups cut ZeRO-3's partitions.
+ELASTIC = ("ranks", "expert_parallel_size", "dtype", "sub_group_size")
 
 _DEFAULTS: dict[str, Any] = IceConfig().model_dump(mode="json")
 
@@ -67,7 +67,7 @@ def require_same_identity(
 ) -> None:
     """Raise ``BadInputError`` with every difference between the run and the checkpoint that is not allowed.
 
-    Other ranks and another dtype are, if ZeRO has partitioned the state.
+    Other ranks, sub-groups and another dtype are, if ZeRO has partitioned the state.
     """
     if record["identity"]["topology"].get("imported"):
         run = checkpoint.parent.parent
@@ -98,7 +98,7 @@ def require_same_identity(
         ]
         if changes:
             remedy = (
-                "resume on the same topology (ranks, expert parallelism, and dtype between bf16 and fp32 may change, "
+                "resume on the same topology (ranks, expert parallelism, sub_group_size and bf16 or fp32 may change, "
                 "and not with zero_stage 0 or Muon)"
                 if part == "topology"
                 else f'use another run.name, or set checkpoint.allow_changed=["{part}"]'

@@ -170,9 +170,14 @@ def open_sampler(section: DataSection, seed: int, vocab_size: int, main: AnyData
         dataset = open_source(source, datasets)
         check_vocabulary(dataset, vocab_size)
         if dataset.tokenizer_sha256 != main.tokenizer_sha256:
+            remedy = (
+                "a run's tasks need one alphabet, and go with no text"
+                if isinstance(dataset, TaskDataset) or isinstance(main, TaskDataset)
+                else "prepare one of them again with the other's"
+            )
             raise BadInputError(
                 f"{dataset.folder}: was prepared with another tokenizer than {main.folder}, so its token ids mean "
-                "other text; prepare one of them again with the other's"
+                f"other text; {remedy}"
             )
         if isinstance(dataset, TaskDataset):
             sources.append(TaskRows(dataset, section.sequence_length, seed))

@@ -69,23 +69,32 @@ class TaskRows:
 
 @dataclass(frozen=True)
 class TaskHeldOut:
-    """Up to ``HELD_OUT_PROBLEMS`` held-out problems of each difficulty, in rows of ``sequence_length`` targets.
+    """Held-out ``problems``, in rows of ``sequence_length`` targets.
 
+    The rows are longer than ``train_length``, the targets of a training row, where a problem beyond training is.
     ``sources`` has the mixture's sources that are made of this task, by name.
     """
 
     dataset: TaskDataset
-    sequence_length: int
+    train_length: int
     sources: Mapping[str, tuple[str, ...] | None]
+    problems: list[Problem]
 
-    @cached_property
-    def problems(self) -> list[Problem]:
-        """The problems, by difficulty."""
-        return self.dataset.held_out_problems(HELD_OUT_PROBLEMS)
+    @property
+    def sequence_length(self) -> int:
+        """Targets of a row."""
+        return max(self.train_length, self.dataset.task.longest_row)
+
+    def first_problems(self, count: int | None) -> list[Problem]:
+        """The first ``count`` problems of each difficulty; None: all."""
+        return [
+            problem
+            for difficulty in self.dataset.domains
+            for problem in [each for each in self.problems if each.difficulty == difficulty][:count]
+        ]
 
     @cached_property
     def _rows(self) -> list[list[Problem]]:
-        require_room(self.dataset, self.sequence_length)
         rows: list[list[Problem]] = [[]]
         filled = 0
         for problem in self.problems:

@@ -1,7 +1,8 @@
 """Held-out text and problems: of which data sets, and their batches in a fixed order, as many on every rank.
 
-Every data set of a mixture holds text out. Each is read once, however many sources choose documents of it, and a source
-is then judged by the domains that it takes; lengths and difficulty are matters of training and choose nothing here.
+Every data set of a mixture holds text out, every task problems. Each is read once, however many sources choose
+documents of it, and a source is then judged by the domains that it takes; lengths and difficulty are matters of
+training and choose nothing here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pretrain.data.loader import PADDING_SAMPLE, Batch
 from pretrain.data.packing import HeldOutRow, document_numbers
 from pretrain.data.selection import DocumentStream
 from pretrain.data.source import AnyDataset, open_source
-from pretrain.data.task_rows import TaskHeldOut
+from pretrain.data.task_rows import HELD_OUT_PROBLEMS, TaskHeldOut
 from pretrain.tasks.dataset import TaskDataset
 
 
@@ -82,7 +83,8 @@ def held_out_sets(section: DataSection, main: AnyDataset, opened: Iterable[AnyDa
     held_out: list[AnyHeldOut] = []
     for folder, dataset in datasets.items():
         if isinstance(dataset, TaskDataset):
-            held_out.append(TaskHeldOut(dataset, section.sequence_length, sources[folder]))
+            problems = dataset.held_out_problems(HELD_OUT_PROBLEMS)
+            held_out.append(TaskHeldOut(dataset, section.sequence_length, sources[folder], problems))
             continue
         text = HeldOut(dataset, section.sequence_length, sources[folder])
         held_out.append(text)

@@ -87,11 +87,11 @@ class TaskDataset:
     @property
     def folder(self) -> Path:
         """What messages call it; no such folder exists."""
-        return Path(f"task {self.task.key}")
+        return Path(f"task {self.task.asked_key}")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the problems, their split and their tokens."""
+        """Identifies the training problems, their split and their tokens."""
         return hashlib.sha256(f"{_VERSION}/{self.task.key}/{self.tokenizer_sha256}".encode()).hexdigest()
 
     @property
@@ -106,8 +106,8 @@ class TaskDataset:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """The task's difficulties."""
-        return self.task.difficulties
+        """The task's difficulties, those beyond training last."""
+        return (*self.task.difficulties, *self.task.difficulties_beyond)
 
     @cached_property
     def tokenizer(self) -> HuggingFaceTokenizer:
@@ -130,5 +130,5 @@ class TaskDataset:
         return hashlib.sha256(self.tokenizer_bytes).hexdigest()
 
     def held_out_problems(self, count: int) -> list[Problem]:
-        """Up to ``count`` held-out problems of each difficulty, the same ones whatever the run."""
+        """Up to ``count`` held-out problems of each difficulty, the same ones whatever the run; never none of one."""
         return self.task.distinct_problems("validation", count)

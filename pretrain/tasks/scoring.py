@@ -9,7 +9,7 @@ Nothing of the answer is given: the model reads the prompt and continues it alon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,19 @@ class Score:
 
 
 def exact_match(
-    model: IceModel, dataset: TaskDataset, problems: Sequence[Problem], n_loops: int | None = None
+    model: IceModel,
+    dataset: TaskDataset,
+    problems: Sequence[Problem],
+    n_loops: int | None = None,
+    watch: Callable[[list[list[Problem]]], Iterable[list[Problem]]] = iter,
 ) -> dict[str, Score]:
-    """Scores by difficulty at ``n_loops``; ``model`` in evaluation mode, on any device."""
+    """Scores by difficulty at ``n_loops``; ``model`` in evaluation mode, on any device.
+
+    ``watch`` gives back the batches one by one: where progress can be shown.
+    """
     solved: dict[str, list[bool]] = {}
     used: dict[str, list[float]] = {}
-    for batch in _same_length(problems):
+    for batch in watch(_same_length(problems)):
         prompts = [[dataset.end_token_id, *dataset.tokenizer.encode(problem.prompt)] for problem in batch]
         wanted = [[*dataset.tokenizer.encode(problem.answer), dataset.end_token_id] for problem in batch]
         ids_BS = torch.tensor(prompts, device=next(model.parameters()).device)

@@ -5,9 +5,9 @@
 ``configs/ice_1b.json``, all 1.03 billion parameters, ZeRO-3 with EP = 2, bf16 with fp32 master weights, sampled depth
 (16 loops on average, 8 with gradients), every scale and expert, through the real command line. What differs from the
 file is what one small machine without a GPU needs, and is printed: short sequences, a small batch, no warm-up,
-parameters partitioned while they are drawn, saves that write straight from the live tensors. Everything is in memory:
-fp32 would take 24 bytes a parameter with what is gathered, and states on a disk cannot be saved (the engine refuses
-that for experts).
+parameters partitioned while they are drawn, gradients reduced and weights stepped in small pieces, saves that write
+straight from the live tensors. Everything is in memory: fp32 would take 24 bytes a parameter with what is gathered,
+and states on a disk cannot be saved (the engine refuses that for experts).
 
 First the run goes to its end, saving after step 3. Then the last checkpoint is taken away and the same command started
 again: it must resume after step 3 and repeat steps 4 and 5 to the bit. Reported: seconds a step, memory of both ranks
@@ -60,6 +60,8 @@ def changes(data: Path, folder: Path) -> dict[str, Any]:
         "parallel.expert_parallel_size": 2,
         "parallel.micro_batch_size": 1,
         "parallel.zero_init": True,
+        "parallel.reduce_bucket_size": 20_000_000,
+        "parallel.sub_group_size": 50_000_000,
         "checkpoint.every": SAVED_AFTER,
         "checkpoint.asynchronous": False,
         "checkpoint.plain_weights": False,

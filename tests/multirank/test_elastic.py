@@ -19,10 +19,10 @@ STEPS = [Step(2 + number % 2) for number in range(20)]
 TOLERANCE = 1e-5
 
 
-def values_of(expert_parallel_size: int, zero_stage: int = 3) -> dict[str, Any]:
+def values_of(expert_parallel_size: int, zero_stage: int = 3, **parallel: int) -> dict[str, Any]:
     # Matrices and the rest are decayed differently, and strongly: groups that are confused show.
     return settings(
-        parallel={"expert_parallel_size": expert_parallel_size, "zero_stage": zero_stage},
+        parallel={"expert_parallel_size": expert_parallel_size, "zero_stage": zero_stage, **parallel},
         optim={"weight_decay": 0.5},
     )
 
@@ -57,6 +57,19 @@ def test_losses_go_on_on_any_number_of_ranks_and_expert_parallel_size(
             assert set(counts["steps"]) == {len(STEPS)}, case
             decays = {group["name"]: group["weight_decay"] for group in groups}
             assert all(decay == (0.0 if "not_decayed" in name else 0.5) for name, decay in decays.items()), decays
+
+
+def test_losses_go_on_with_other_sub_groups(two_ranks: RankPool, tmp_path: Path) -> None:
+    pieces, whole = values_of(2, sub_group_size=3000), values_of(2)
+    unbroken = two_ranks.run(rank_jobs.save_and_continue, values=pieces, folder=tmp_path, steps=STEPS)[0]
+    write_universal(tmp_path / "saved", tmp_path / "universal")
+    groups = []
+    for values in (whole, values_of(2, sub_group_size=9000)):
+        trace, state = two_ranks.run(rank_jobs.reshape_and_continue, values=values, folder=tmp_path, steps=STEPS)[0]
+        assert losses_change(trace, unbroken) < TOLERANCE
+        assert set(state[-1]["steps"]) == {len(STEPS)}
+        groups.append(len(state[-1]["steps"]))
+    assert groups[0] < groups[1]
 
 
 def test_what_deepspeed_alone_makes_of_a_universal_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_deepep_gets_a_buffer_for_the_largest_batch() -> None:
     assert section["comm_max_tokens_per_rank"] == 4 * config.data.sequence_length
 
 
+def test_deepep_gets_a_buffer_for_rows_of_problems_longer_than_any_trained() -> None:
+    source = '{"task": {"kind": "copy", "max_length": 16, "beyond": [60]}}'
+    sizes = ("data.sequence_length=40", "parallel.micro_batch_size=2", "eval.micro_batch_size=4")
+    config = tiny("parallel.comm_backend=deepep", "data.path=", f"data.sources=[{source}]", *sizes)
+    assert config.data.longest_row == 60 + 1 + 60 + 1
+    section = deepspeed_config(config, 2, FP32)["expert_parallel"]
+    assert section["comm_max_tokens_per_rank"] == 4 * 122
+
+
 def test_a_dense_core_asks_for_no_expert_parallelism() -> None:
     dense = tiny("model.n_experts=0", "parallel.expert_parallel_size=1")
     assert "expert_parallel" not in deepspeed_config(dense, 2, FP32)

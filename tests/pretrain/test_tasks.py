@@ -232,7 +232,10 @@ def test_a_character_the_task_does_not_have_is_refused() -> None:
         ({"path": "x", "task": {"kind": "addition"}}, "one of them"),
         ({"weight": 1}, "path: is required"),
         ({"task": {"kind": "addition", "min_digits": 4}}, "min_digits = 4: exceeds max_digits = 3"),
-        ({"task": {"kind": "subtraction"}}, "'addition'"),
+        ({"task": {"kind": "subtraction"}}, r'task\.kind = "subtraction": unknown; accepted: addition, copy, '),
+        ({"task": {"max_digits": 2}}, r"sources\.0\.task\.kind: is required and missing"),
+        ({"task": {"kind": "mano", "modulo": 5}}, r"0\.task\.modulo = 5: unknown key; did you mean modulus\?"),
+        ({"task": {"kind": "mano", "modulus": 99}}, r"test: sources\.0\.task\.modulus = 99: "),
         ({"task": {"kind": "addition"}, "domains": ["a"]}, "chooses documents of a data set"),
     ],
 )

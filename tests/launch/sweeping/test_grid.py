@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_sweep import STEPS, base_settings
 
 from launch.settings import BadInputError, load_settings
 from launch.sweeping.grid import Cell, expand_grid
 from launch.sweeping.settings import SweepSettings
+from model import IceModel
 from model.parameters import count_parameters, training_flops_per_token
 from pretrain.loop_depth import sample_loops
 
@@ -68,13 +70,37 @@ def test_a_budget_is_the_models_own_count(write_sweep: WriteSweep, small_data: P
         model, budget = cell.config.model, cell.budget
         count = count_parameters(model)
         assert (budget.parameters, budget.active_parameters) == (count.total, count.active)
-        assert budget.non_embedding_parameters == count.total - 2 * model.vocab_size * model.dim
+        tables = 2 * model.vocab_size * model.dim
+        assert budget.non_embedding_parameters == count.total - tables
+        assert budget.once_parameters + budget.recurrent_parameters == count.total - tables
+        assert budget.once_parameters + budget.active_recurrent_parameters == count.active - tables
         # It counts a causal query's keys as S / 2, and norms' weights as if they were matrices.
         other = training_flops_per_token(model, 3, context=32) * budget.tokens
         assert budget.training_flops == pytest.approx(other, rel=0.05)
         assert budget.recomputed_flops > 0.1 * budget.training_flops
         # Prelude, coda and each of 3 loops: keys and values of 2 heads, in 16 bits, for 32 tokens.
         assert budget.kv_bytes == 5 * 2 * model.dim * 2 * 32
+
+
+def test_parameters_that_loop_are_those_of_the_models_core(write_sweep: WriteSweep, small_data: Path) -> None:
+    base = base_settings(small_data)
+    base["model"] |= {"msrd_scales": [1, 2], "lora_rank": 4, "slu": True}
+    base["loop"] |= {"min_loops": 2}
+    for cell in cells_of(write_sweep(base)):
+        with torch.device("meta"):
+            model = IceModel(cell.config.model)
+        sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+        looped = sum(size for name, size in sizes.items() if name.startswith("core.scales."))
+        unused = sum(
+            weight.numel() // 2  # 2 of 4 experts
+            for name, weight in model.named_parameters()
+            if ".experts." in name and weight.dim() == 3
+        )
+        heads = sum(size for name, size in sizes.items() if name.startswith("depth_heads."))
+        tables = 2 * cell.config.model.vocab_size * cell.config.model.dim
+        assert cell.budget.recurrent_parameters == looped
+        assert cell.budget.active_recurrent_parameters == looped - unused
+        assert cell.budget.once_parameters == sum(sizes.values()) - looped - heads - tables
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "scaling").glob("*.json")), ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from launch.sweep import load_sweep, main
 from launch.sweeping import local
 from launch.sweeping.folder import LOCK, PLAN
 from launch.sweeping.local import training_command
+from pretrain import evaluate
 
 WriteSweep = Callable[..., Path]
 StandIn = Callable[..., None]
@@ -246,3 +248,47 @@ sys.exit(78)
     monkeypatch.setattr(local, "_devices", lambda: ["0"])
     with pytest.raises(BadInputError, match="ranks = 2: cells here can have 1 GPUs at most"):
         main([str(path)])
+
+
+def test_finished_cells_are_evaluated_by_depth_once_and_the_rows_say_what_came_of_it(
+    write_sweep: WriteSweep,
+    stand_in: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[tuple[str, list[int]]] = []
+
+    def evaluate_run(run: Path, depths: list[int]) -> SimpleNamespace:
+        """A stand-in that loses 1 / depth, and writes what the real one writes."""
+        if run.name == "d24-s1":
+            raise BadInputError(f"{run}: no weights")
+        calls.append((run.name, depths))
+        by_loops = {depth: {"nats_per_token": 4 + 1 / depth, "bits_per_byte": 2 + 1 / depth} for depth in depths}
+        (run / "evaluation.json").write_text(json.dumps({"checkpoint": "step_00000020", "by_loops": by_loops}))
+        return SimpleNamespace(by_loops={depth: SimpleNamespace(**losses) for depth, losses in by_loops.items()})
+
+    monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
+    stand_in(d24_s0=["refuse"])
+    path = write_sweep(seeds=[0, 1])
+    assert main([str(path)]) == 78
+    assert [row["by_loops"] for row in rows_of(tmp_path)] == [None] * 3
+    assert main([str(path), "--evaluate", "4,1"]) == 78, "a cell without weights was passed over in silence"
+    assert "d24-s1: refused: " in capsys.readouterr().out
+    rows = {row["cell"]: row for row in rows_of(tmp_path)}
+    assert rows["d16-s0"]["by_loops"] == {
+        "1": {"validation_loss": 5.0, "bits_per_byte": 3.0},
+        "4": {"validation_loss": 4.25, "bits_per_byte": 2.25},
+    }
+    assert rows["d24-s1"]["by_loops"] is None
+    assert calls == [("d16-s0", [1, 4]), ("d16-s1", [1, 4])]
+    main([str(path), "--evaluate", "1,4"])
+    assert len(calls) == 2, "known depths were computed again"
+    main([str(path), "--evaluate", "2"])
+    assert calls[2:] == [("d16-s0", [1, 2, 4]), ("d16-s1", [1, 2, 4])], "known depths were lost"
+    # What was evaluated is no longer what the cell holds: its row must not say so.
+    (tmp_path / "runs/small/d16-s0/evaluation.json").write_text(
+        json.dumps({"checkpoint": "step_00000015", "by_loops": {"1": {"nats_per_token": 9, "bits_per_byte": 9}}})
+    )
+    assert main([str(path), "--collect"]) == 0
+    assert {row["cell"]: row["by_loops"] for row in rows_of(tmp_path)}["d16-s0"] is None

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launch.readable import readable
 from launch.sweep import load_sweep, run_local
 from launch.sweeping.local import CellRun
 from launch.sweeping.lock import sweep_lock
-from launch.sweeping.table import SweepTable, readable
+from launch.sweeping.table import SweepTable
 
 WriteSweep = Callable[..., Path]
 
