@@ -12,6 +12,7 @@ from model import IceModel
 from pretrain.checkpoint import WEIGHTS, newest_valid_checkpoint
 from pretrain.config import TrainingConfig
 from pretrain.data import AnyDataset, open_main
+from pretrain.interchange.weight_source import open_checkpoint
 from pretrain.run_tokenizer import load_kept_tokenizer
 from pretrain.tasks.dataset import TaskDataset
 from pretrain.weights import load_model
@@ -48,4 +49,6 @@ def load_run(run: Path) -> LoadedRun:
         raise BadInputError(f"{run}: not a run directory (no config.json); train first, or name another with --run")
     config = load_settings(TrainingConfig, run / "config.json")
     checkpoint = newest_valid_checkpoint(run / "checkpoints")
-    return LoadedRun(run, config, checkpoint, load_model(checkpoint / WEIGHTS))
+    if (checkpoint / WEIGHTS).is_dir():
+        return LoadedRun(run, config, checkpoint, load_model(checkpoint / WEIGHTS))
+    return LoadedRun(run, config, checkpoint, open_checkpoint(checkpoint).load())  # checkpoint.plain_weights = false

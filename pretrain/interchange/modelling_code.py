@@ -14,6 +14,8 @@ files are needed is found by following the imports from ``modeling_ice.py``.
 from __future__ import annotations
 
 import ast
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,8 @@ class _Import(NamedTuple):
     names: tuple[tuple[str, str | None], ...]
 
 
-def modelling_code() -> dict[str, str]:
+@functools.cache
+def modelling_code() -> Mapping[str, str]:
     """File names and contents, ``modeling_ice.py`` and ``configuration_ice.py`` among them.
 
     Raises ``ValueError`` for a source file whose imports cannot be rewritten.

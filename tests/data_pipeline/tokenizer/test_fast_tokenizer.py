@@ -18,7 +18,7 @@ from data_pipeline.config import SplitSettings
 from data_pipeline.split import split_of
 from data_pipeline.tokenizer.bpe import SPACE_MARK, SentencePieceTokenizer, sample_lines, train_tokenizer
 from data_pipeline.tokenizer.fast_tokenizer import fast_tokenizer, special_tokens, tokenizer_config
-from data_pipeline.tokenizer.interface import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer.interface import load_tokenizer
 from data_pipeline.tokenizer.self_check import adversarial_texts
 from launch.settings import BadInputError
 
@@ -53,10 +53,9 @@ def read_back(values: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def test_ids_are_sentencepieces_on_the_whole_validation_text(
-    tokenizer: SentencePieceTokenizer, held_out: list[str]
+    tokenizer: SentencePieceTokenizer, fast: tokenizers.Tokenizer, held_out: list[str]
 ) -> None:
     assert sum(map(len, held_out)) > 200_000
-    fast = read_back(fast_tokenizer(tokenizer))
     library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     for text in held_out:
         ids = fast.encode(text, add_special_tokens=False).ids
@@ -65,21 +64,20 @@ def test_ids_are_sentencepieces_on_the_whole_validation_text(
         assert fast.decode(ids) == text
 
 
+@pytest.fixture(scope="module")
+def fast(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
+    return read_back(fast_tokenizer(tokenizer))
+
+
 @given(st.text() | st.lists(PARTS, max_size=30).map("".join))
-def test_ids_and_text_are_the_tokenizers_for_any_text(tokenizer: SentencePieceTokenizer, text: str) -> None:
-    fast = read_back(_definition(tokenizer))
+def test_ids_and_text_are_the_tokenizers_for_any_text(
+    tokenizer: SentencePieceTokenizer, fast: tokenizers.Tokenizer, text: str
+) -> None:
     ids = tokenizer.encode(text)
     assert fast.encode(text, add_special_tokens=False).ids == ids
     assert fast.encode(text).ids == [tokenizer.end_id, *ids]
     assert fast.decode(ids) == text
     assert fast.decode([tokenizer.end_id, *ids], skip_special_tokens=True) == text
-
-
-_made: dict[int, dict[str, Any]] = {}
-
-
-def _definition(tokenizer: Tokenizer) -> dict[str, Any]:
-    return _made.setdefault(id(tokenizer), fast_tokenizer(tokenizer))
 
 
 def test_special_tokens_have_their_spelling(tokenizer: SentencePieceTokenizer) -> None:

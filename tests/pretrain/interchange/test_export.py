@@ -164,6 +164,8 @@ def test_zero3_partitions_are_put_together_in_order(tmp_path: Path) -> None:
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(source.load()(ids, 3), model(ids, 3))
+    options = ["--run", str(tmp_path / "a_run"), "--temperature", "0", "--max-new-tokens", "4", "--prompt", "The"]
+    assert generate_text(parse_arguments(options)).startswith("The"), "a run without plain weights generates too"
     assert main(["--run", str(tmp_path / "a_run"), "--out", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
     exported = weights_in(tmp_path / "out")
     assert {name.removeprefix("model.") for name in exported} == {name for name, _ in model.named_parameters()}
@@ -238,8 +240,11 @@ def test_mistakes_end_in_one_line(exported: Path, tmp_path: Path, capsys: pytest
     )
     assert "--loops 0" in one_line(capsys, "--run", run, "--out", new, "--loops", "0")
     assert "name a --step whose checkpoint is intact" in one_line(capsys, "--run", run, "--out", new, "--step", "4")
-    assert "only 3 is sharded" in one_line(capsys, "--run", run, "--out", new, "--form", "sharded").replace(
-        "zero_pp", "only 3 is sharded"
+    assert "not the weights of its configuration: missing" in one_line(
+        capsys, "--run", run, "--out", new, "--form", "sharded"
+    )
+    assert "make its universal form first: python launch/reshape.py --run" in one_line(
+        capsys, "--run", run, "--out", new, "--form", "universal"
     )
     assert "is there already" in one_line(capsys, "--import", out, "--run", run)
     assert "no exported model" in one_line(capsys, "--import", run + "/tokenizer", "--run", new)
