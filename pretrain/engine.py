@@ -54,7 +54,7 @@ from model.looped_lm import LoopedOutput
 from model.precision import PrecisionChoice, choose_precision
 from pretrain.checkpoint.unpickling import load_data
 from pretrain.config import OptimSection, TrainingConfig
-from pretrain.host_memory import keep_freed_memory
+from pretrain.host_memory import give_back_when_short, keep_freed_memory
 from pretrain.universal_format import mended
 
 if TYPE_CHECKING:
@@ -443,7 +443,9 @@ class TrainingEngine:
         skips_here = norm is not None and not math.isfinite(norm)
         if skips_here:
             self._engine.zero_grad()  # an optimizer passes over parameters that have no gradient
+        give_back_when_short()  # of what backward and the last micro-batch's activations were
         self._engine.step()
+        give_back_when_short()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         skipped = skips_here or self._engine.skipped_steps > skipped_before
