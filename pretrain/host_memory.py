@@ -26,8 +26,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, REUSED_BYTES)) and bool(mallopt(SHORT_SHARE = 0.2  # of the machine's memory
-_TRIM_THRESHOLD, KEPT_BYTES))
+    return bool(mallopt(_MMAP_THRESHOLD, REUSED_BYTES)) and bool(mallopt(_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def give_back_when_short(short_share: float = SHORT_SHARE) -> bool:
