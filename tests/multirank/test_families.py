@@ -95,20 +95,23 @@ def test_depth_adds_no_gathers_and_convergence_takes_no_collective_away(two_rank
 
 @pytest.fixture(scope="module")
 def task_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of 6 steps on sums of one and two digits, the second kind from the third step on."""
+    """A run of 6 steps on sums of one and two digits, the second kind from the third step on.
+
+    It is asked sums of ten digits, too, which are longer than a training row.
+    """
     folder = tmp_path_factory.mktemp("task")
     sources = [
-        {"name": "two", "task": {"kind": "addition", "min_digits": 2, "max_digits": 2}},
+        {"name": "two", "task": {"kind": "addition", "min_digits": 2, "max_digits": 2, "beyond": [10]}},
         {"name": "one", "task": {"kind": "addition", "max_digits": 1, "validation_fraction": 0.2}},
     ]
     stages = [
         {"from_tokens": 0, "weights": {"one": 1}},
         {"from_tokens": 2 * 8 * 24, "weights": {"two": 1, "one": 1}},
     ]
-    model = {**SIZES, "core": "refine", "vocab_size": 13, "convergence_eps": 0.2, "max_seq_len": 24}
+    model = {**SIZES, "core": "refine", "vocab_size": 13, "convergence_eps": 0.2, "max_seq_len": 35}
     return {
         "run": {"dir": str(folder / "runs"), "seed": 5},
-        "model": {**model, "max_output_tokens": 8},
+        "model": {**model, "max_output_tokens": 12},
         "data": {
             "sources": sources,
             "stages": stages,
@@ -168,8 +171,9 @@ def test_a_task_is_trained_cut_resumed_and_scored(
     evaluation = evaluate_run(run, [1, 3], sequences=16)
     assert set(evaluation.by_loops[1].by_source) == {"two", "one"}
     assert last["validation_bits_per_byte/source/one"] > 0
+    assert last["validation_bits_per_byte/10_digits"] > 0
     for scores in evaluation.exact_match.values():
-        assert list(scores) == ["two/2_digits", "one/1_digits"]
+        assert list(scores) == ["two/2_digits", "two/10_digits", "one/1_digits"]
         assert all(0 <= score.solved <= score.problems for score in scores.values())
     assert evaluation.exact_match[1]["one/1_digits"].loops_used == 1
     assert 1 <= (evaluation.exact_match[3]["one/1_digits"].loops_used or 0) <= 3
