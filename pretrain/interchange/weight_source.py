@@ -31,7 +31,9 @@ from launch.settings import BadInputError, parse_settings, read_json_object
 from model import IceConfig, IceModel
 from model.expert_parallel import SELECTION_BIAS, stored_parts
 from pretrain.checkpoint.layout import BIASES, ENGINE, WEIGHTS
+from pretrain.checkpoint.manifest import find_damage
 from pretrain.checkpoint.state import read_record
+from pretrain.checkpoint.universal import find_universal
 from pretrain.checkpoint.unpickling import load_data
 from pretrain.weights import CONFIG, INDEX
 
@@ -159,8 +161,6 @@ def open_checkpoint(checkpoint: Path, form: str = "auto") -> WeightSource:
     Raises:
         BadInputError: When there is no such form, or it cannot be read.
     """
-    from pretrain.checkpoint.universal import find_universal
-
     if form == "weights" or (form == "auto" and (checkpoint / WEIGHTS / INDEX).is_file()):
         if not (checkpoint / WEIGHTS / INDEX).is_file():
             raise BadInputError(f"{checkpoint}: has no {WEIGHTS}/ (checkpoint.plain_weights = false); use another form")
@@ -175,6 +175,9 @@ def open_checkpoint(checkpoint: Path, form: str = "auto") -> WeightSource:
             )
         tensors = _sharded(checkpoint / ENGINE)
     elif universal is not None:
+        damage = find_damage(universal)
+        if damage is not None:
+            raise BadInputError(f"{universal}: {damage}; remove it and make it again with launch/reshape.py")
         tensors = _universal(universal / ENGINE)
     else:
         raise BadInputError(
@@ -182,7 +185,7 @@ def open_checkpoint(checkpoint: Path, form: str = "auto") -> WeightSource:
             f"python launch/reshape.py --run {checkpoint.parent.parent}"
         )
     biases = {name: _whole(name, bias) for name, bias in _mapped_safetensors(checkpoint / BIASES).items()}
-    return _checked(checkpoint, config, {**_plain(tensors, checkpoint), **biases})
+    return _checked(checkpoint, config, {**_shaped(_plain(tensors, checkpoint), config), **biases})
 
 
 def _mapped_safetensors(path: Path) -> dict[str, Tensor]:
@@ -208,12 +211,30 @@ def _cut(runs: Iterable[Run], start: int, count: int) -> list[Run]:
     return found
 
 
-def _checked(path: Path, config: IceConfig, found: Mapping[str, StoredTensor]) -> WeightSource:
-    """``found`` in the model's order, once each is known to be what ``config`` asks for."""
+def _wanted_shapes(config: IceConfig) -> dict[str, tuple[int, ...]]:
+    """What a model of ``config`` consists of; a tied head has no tensor of its own."""
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in IceModel(config).state_dict().items()}
     if config.tie_embeddings:
         del wanted["head.weight"]
+    return wanted
+
+
+def _shaped(found: Mapping[str, StoredTensor], config: IceConfig) -> dict[str, StoredTensor]:
+    """``found`` with the shapes of ``config`` where the universal form has made a tensor flat (from ZeRO-3)."""
+    shapes = _wanted_shapes(config)
+    return {
+        name: StoredTensor(name, shapes[name], tensor.runs)
+        if name in shapes and tensor.shape == (prod(shapes[name]),)
+        else tensor
+        for name, tensor in found.items()
+    }
+
+
+def _checked(path: Path, config: IceConfig, found: Mapping[str, StoredTensor]) -> WeightSource:
+    """``found`` in the model's order, once each is known to be what ``config`` asks for."""
+    wanted = _wanted_shapes(config)
+    if config.tie_embeddings:
         found = {name: tensor for name, tensor in found.items() if name != "head.weight"}
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unexpected:
@@ -255,10 +276,11 @@ def _joined(name: str, tensors: Sequence[StoredTensor]) -> StoredTensor:
 
 
 def _universal(folder: Path) -> dict[str, StoredTensor]:
-    """``zero/NAME/fp32.pt`` for each parameter."""
+    """``zero/NAME/fp32.pt`` for each parameter: a tensor, or one with notes."""
     found = {}
     for file in sorted(folder.glob("zero/*/fp32.pt")):
-        tensor = _load_mapped(file)["param"]
+        stored = _load_mapped(file)
+        tensor = stored["param"] if isinstance(stored, dict) else stored
         found[file.parent.name] = _whole(file.parent.name, tensor)
     return found
 
