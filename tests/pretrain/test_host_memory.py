@@ -16,7 +16,7 @@ BLOCK, BLOCKS = 2**20, 200
 
 
 def _holes() -> tuple[int, int, bool, int]:
-    """Resident bytes with every other block freed: at first, with memory to spare (and the answer then), with little."""
+    """Resident bytes with every other block freed: at first, with memory to spare (and the answer), with little."""
     keep_freed_memory()
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
