@@ -77,7 +77,7 @@ def answers(
     jobs: dict[str, Any] = {"models": {}}
     for name, model in models.items():
         record = ExportRecord(run=name, step=1, tokens=2, n_loops=LOOPS)
-        folder = place / f"exported {name}.1"
+        folder = place / f"{name} out" / "exported.1"  # one name, so that transformers keeps the code it has loaded
         # Without a tokenizer no id ends a text.
         write_folder(folder, made_source(model, place / name), record, None, torch.float32, shard_bytes=100_000)
         jobs["models"][name] = {
@@ -89,7 +89,7 @@ def answers(
             "new": NEW,
             "beams": name in ("gqa", "mla"),
         }
-    assert len(list((place / "exported gqa.1").glob("model-*-of-*.safetensors"))) > 1
+    assert len(list((place / "gqa out" / "exported.1").glob("model-*-of-*.safetensors"))) > 1
     complete = place / "complete"
     write_folder(complete, made_source(models["refine"], place / "again"), record, tokenizer, torch.float32, 10**9)
     jobs["tokenizer"] = {"folder": str(complete), "texts": adversarial_texts(tokenizer.tokenizer)}
