@@ -92,7 +92,7 @@ def test_dependencies_are_ranges_with_both_ends(project: dict[str, Any]) -> None
 
 
 def test_extras_are_the_documented_ones(project: dict[str, Any]) -> None:
-    assert set(project["project"]["optional-dependencies"]) == {"cluster", "fp8", "megablocks", "dev"}
+    assert set(project["project"]["optional-dependencies"]) == {"cluster", "fp8", "harness", "megablocks", "dev"}
 
 
 def test_readme_tree_names_what_exists(repository_root: Path) -> None:
@@ -156,10 +156,24 @@ def test_slurm_scripts_start_as_many_ranks_as_their_configuration_divides_into(r
 
 def test_no_module_hides_one_of_the_standard_library_or_of_a_dependency(repository_root: Path) -> None:
     """``python pretrain/main.py`` puts pretrain/ itself first on sys.path, so a name there hides others."""
-    installed = set(importlib.metadata.packages_distributions()) - set(PACKAGES)
+    # ``evaluate`` comes with lm-evaluation-harness, whose metrics import it: the test below.
+    installed = set(importlib.metadata.packages_distributions()) - {*PACKAGES, "evaluate"}
     modules = [path for path in modules_on_disk(repository_root) if path.name != "__init__.py"]
     taken = set(sys.stdlib_module_names) | installed
     assert [path.as_posix() for path in modules if path.stem in taken] == []
+
+
+def test_the_evaluation_command_does_not_hide_the_package_of_its_name(repository_root: Path) -> None:
+    folder = repository_root / "pretrain"
+    program = (
+        "import contextlib, runpy, sys\n"
+        f"sys.path.insert(0, {str(folder)!r})\n"
+        "sys.argv = ['evaluate.py', '--help']\n"
+        "with contextlib.suppress(SystemExit): runpy.run_path(sys.path[0] + '/evaluate.py', run_name='__main__')\n"
+        f"print({str(folder)!r} in sys.path, {str(repository_root)!r} in sys.path)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    assert result.stdout.splitlines()[-1] == "False True"
 
 
 def test_no_file_names_a_package_registry(repository_root: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-MARKERS = ("multirank", "slurm", "mount", "demo", "kernels")
+MARKERS = ("multirank", "slurm", "mount", "demo", "kernels", "harness")
 RUNS = "import pytest\n" + "".join(f"@pytest.mark.{name}\n" for name in MARKERS) + "def test_runs(): pass\n"
 
 
