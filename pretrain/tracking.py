@@ -7,6 +7,9 @@ never read or logged by this code.
 W&B keeps rows back in a process of its own, and a killed job takes them along. So a start first tells again, from
 ``metrics.jsonl``, what W&B may not have got: online what comes after the server's last step, offline what comes after
 the last start that ended in order. The history has no gap then; a step that is told twice has the same values.
+
+That process is this rank's own. A parent that used W&B leaves the address of its own in the environment; a run kept
+there would outlive its killed rank, and W&B would call the run id "in use" when the next start asks for it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from launch.files import write_atomically
 from pretrain.config import TrainingConfig
 from pretrain.metrics import FILE_NAME, read_metrics
 
+PARENTS_SERVICE = "WANDB_SERVICE"  # where a parent's W&B process is reached
 FINISHED = "finished_step"  # below wandb/: the last step of the last start that ended in order
 
 
@@ -46,6 +50,7 @@ class Trackers:
         if mode != "disabled":
             import wandb
 
+            os.environ.pop(PARENTS_SERVICE, None)
             self._wandb_run = wandb.init(
                 project=config.logging.wandb_project,
                 group=config.logging.wandb_group,
